@@ -1,0 +1,269 @@
+"""The command line: parse, call one function, print."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from npu_rec import __version__
+from npu_rec.errors import UserError
+
+app = typer.Typer(
+    name="npu-rec",
+    help="Large recommendation models on Ascend, CUDA and CPU.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+data_app = typer.Typer(help="Data sets: list the recipes, prepare one.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, such as configs/quickstart.yaml.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, such as train.epochs=5. Repeatable.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout; everything else goes to stderr.")]
+
+
+def main() -> None:
+    """Entry point: exit code 0 success, 2 bad usage, configuration or data, 1 failure."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("npu_rec").setLevel(logging.INFO)
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        sys.stderr.close()
+        raise SystemExit(1) from None
+
+
+def _emit(as_json: bool, document: Any, show: Callable[[Console], None]) -> None:
+    """One JSON document, or what `show` prints."""
+    if as_json:
+        print(json.dumps(document, indent=1, default=str))
+    else:
+        show(Console(highlight=False, soft_wrap=True))
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False) -> None:
+    pass
+
+
+@app.command()
+def train(
+    config: ConfigArgument,
+    set_: SetOption = None,
+    resume: Annotated[
+        str | None, typer.Option(help="`auto`: the newest checkpoint of the run directory, if any; or a checkpoint's path.")
+    ] = None,
+    run_dir: Annotated[Path | None, typer.Option(help="Folder of the run; runs/<name> by default.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a model and test it."""
+    from npu_rec.train import train as run_training
+
+    result = run_training(_load(config, set_), run_dir=run_dir, resume=resume)
+    document = {
+        "run_dir": result.run_dir,
+        "checkpoint": result.checkpoint,
+        "report": result.report,
+        "metrics": result.metrics,
+        "seconds": round(result.seconds, 3),
+        "resumed_from_step": result.resumed_from_step,
+        **result.extra,
+    }
+
+    def show(console: Console) -> None:
+        console.print(_metrics_table(result.metrics))
+        console.print(f"training took {result.extra['train_seconds']:.1f} s")
+        console.print(f"run directory  {result.run_dir}\nreport         {result.report}\ncheckpoint     {result.checkpoint}")
+
+    _emit(as_json, document, show)
+
+
+@app.command()
+def evaluate(
+    config: ConfigArgument,
+    checkpoint: Annotated[Path, typer.Option(help="Checkpoint folder, such as runs/NAME/checkpoints/step-480.")],
+    set_: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Evaluate a checkpoint on the held-out events."""
+    from npu_rec.train.evaluate import evaluate as run_evaluation
+
+    result = run_evaluation(_load(config, set_), checkpoint)
+    document = {
+        "run_dir": checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else None,
+        "checkpoint": result.checkpoint,
+        "metrics": result.metrics,
+        "seconds": round(result.seconds, 3),
+        "resumed_from_step": None,
+    }
+    _emit(as_json, document, lambda console: console.print(_metrics_table(result.metrics)))
+
+
+@app.command()
+def recommend(
+    checkpoint: Annotated[Path, typer.Option(help="Checkpoint folder.")],
+    history: Annotated[
+        str | None, typer.Option(help="ID[@TIME],ID[@TIME],... with the data set's own ids, oldest first, times in seconds.")
+    ] = None,
+    users: Annotated[
+        Path | None,
+        typer.Option(help="File with a history a line: USER<TAB>ID[@TIME],...[<TAB>REQUEST_TIME], or JSON lines."),
+    ] = None,
+    at: Annotated[int | None, typer.Option(help="Time of the request in seconds; the last event's by default.")] = None,
+    top_k: Annotated[int, typer.Option(min=1, help="How many items.")] = 10,
+    device: Annotated[str | None, typer.Option(help="auto, ascend, cuda or cpu; as trained by default.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Recommend items after a history."""
+    from npu_rec.serving import Recommender, parse_history, read_users
+
+    if (history is None) == (users is None):
+        raise UserError("give either --history or --users")
+    histories = [parse_history(history)] if history is not None else read_users(users) if users is not None else []
+    answers = Recommender(checkpoint, device).recommend(histories, top_k, at)
+
+    def show(console: Console) -> None:
+        for answer in answers:
+            table = Table("rank", "id", "score", "title", title=None if answer.user == "-" else f"user {answer.user}")
+            for rank, item in enumerate(answer.items, 1):
+                table.add_row(str(rank), str(item["id"]), f"{item['score']:.4f}", str(item.get("title", "")))
+            console.print(table)
+
+    _emit(as_json, [{"user": answer.user, "items": answer.items} for answer in answers], show)
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="Checkpoint folder, .safetensors file, or Meta's research checkpoint (.pt).")],
+    target: Annotated[Path, typer.Argument(help="Folder for a checkpoint, *.safetensors, or *.pt under Meta's names.")],
+    config: Annotated[str, typer.Option(help="Configuration with the model's shape and the data set.")],
+    set_: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Convert weights between npu-rec, safetensors and Meta's research checkpoints."""
+    from npu_rec.train.convert import convert as run_conversion
+
+    written = run_conversion(source, target, _load(config, set_))
+    _emit(as_json, {"source": source, "target": written}, lambda console: console.print(f"wrote {written}"))
+
+
+@data_app.command("list")
+def data_list(as_json: JsonOption = False) -> None:
+    """List the data set recipes."""
+    from npu_rec import data  # noqa: F401  registers the built-in recipes
+    from npu_rec.registry import import_extensions, lookup, names
+
+    import_extensions([])
+    recipes = {name: lookup("data", name).target for name in names("data")}
+
+    def show(console: Console) -> None:
+        table = Table("name", "what", "terms")
+        for name, recipe in recipes.items():
+            table.add_row(name, recipe.description, recipe.terms)
+        console.print(table)
+
+    document = [{"name": n, "description": r.description, "terms": r.terms} for n, r in recipes.items()]
+    _emit(as_json, document, show)
+
+
+@data_app.command("prepare")
+def data_prepare(
+    name: Annotated[str, typer.Argument(help="A recipe, or a configuration file whose `data:` section is used.")],
+    source: Annotated[Path | None, typer.Option(help="File or folder with the publisher's files.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where prepared data is kept.")] = None,
+    refresh: Annotated[bool, typer.Option(help="Prepare again even when it has been done.")] = False,
+    set_: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Obtain, verify and convert a data set."""
+    from npu_rec.data import SequenceStore, prepare
+
+    overrides = list(set_ or [])
+    if source is not None:
+        overrides.append(f"data.source={json.dumps(str(source))}")
+    if out is not None:
+        overrides.append(f"data.dir={json.dumps(str(out))}")
+    if not name.endswith((".yaml", ".yml")):
+        name, overrides = "configs/base.yaml", [f"data.name={json.dumps(name)}", *overrides]
+    config = _load(name, overrides)
+    path = prepare(config.data, refresh=refresh, log=lambda line: print(line, file=sys.stderr))
+    manifest = SequenceStore(path).manifest
+    document = {"path": path, "manifest": manifest}
+
+    def show(console: Console) -> None:
+        for key, value in manifest["counts"].items():
+            console.print(f"{key:>20} {value:,}" if isinstance(value, int) else f"{key:>20} {value}")
+        console.print(f"prepared data  {path}")
+
+    _emit(as_json, document, show)
+
+
+@app.command()
+def doctor(as_json: JsonOption = False) -> None:
+    """Say what this machine can run, and why not the rest."""
+    from npu_rec.device import device_report, get_device
+    from npu_rec.ops import OPERATORS
+
+    report = device_report()
+    device = get_device("auto")
+    operators = {name: operator.availability(device.torch_device) for name, operator in OPERATORS.items()}
+    document = {"device": report["devices"], "selected": device.name, "operators": operators} | {
+        key: value for key, value in report.items() if key not in ("devices", "selected")
+    }
+
+    def show(console: Console) -> None:
+        devices = Table("device", "usable", "what", title=f"device.backend: auto takes {device.name}", title_justify="left")
+        for name, entry in report["devices"].items():
+            usable = bool(entry["available"])
+            devices.add_row(name, "yes" if usable else "no", str(entry.get("name", "")) if usable else str(entry["reason"]))
+        console.print(devices)
+        table = Table("operator", "backends, the fastest first", title=f"operators on {device.name}", title_justify="left")
+        for name, backends in operators.items():
+            table.add_row(name, "\n".join(b if reason is None else f"{b}: {reason}" for b, reason in backends.items()))
+        console.print(table)
+        for title in ("versions", "environment"):
+            console.print(f"{title}: " + (", ".join(f"{k} {v}" for k, v in report[title].items() if v) or "nothing set"))
+        console.print(f"compiler: {report['compiler'] or 'none found'}")
+
+    _emit(as_json, document, show)
+
+
+def _load(config: str, overrides: list[str] | None) -> Any:
+    from npu_rec.train import load_run_config
+
+    return load_run_config(config, overrides)
+
+
+def _metrics_table(metrics: dict[str, dict[str, float]]) -> Table:
+    table = Table("metric", *metrics)
+    for name in dict.fromkeys(name for values in metrics.values() for name in values):
+        table.add_row(name, *(f"{values[name]:.4f}" if name in values else "" for values in metrics.values()))
+    return table
+
+
+if __name__ == "__main__":
+    main()

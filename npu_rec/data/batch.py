@@ -1,0 +1,42 @@
+"""A batch of packed sequences."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class JaggedBatch:
+    """B sequences of T events in all, and for every event the one after it.
+
+    Attributes:
+        sequence_ids: `[B]` int64, stable ids of the sequences in the data set.
+        offsets: `[B + 1]` int64.
+        item_ids: `[T]` int64, what the model reads.
+        next_ids: `[T]` int64, the item of the event after each; the last one of a sequence is the
+            held-out item in evaluation.
+        times, next_times: `[T]` int64 seconds of the same events, or None for data without times.
+        removed, removed_offsets: items taken out of the ranking, jagged, or None in training.
+    """
+
+    sequence_ids: Tensor
+    offsets: Tensor
+    item_ids: Tensor
+    next_ids: Tensor
+    times: Tensor | None = None
+    next_times: Tensor | None = None
+    removed: Tensor | None = None
+    removed_offsets: Tensor | None = None
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return self.item_ids.shape[0]
+
+    def to(self, device: torch.device) -> JaggedBatch:
+        """The same batch on a device."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return JaggedBatch(**{k: v if v is None else v.to(device, non_blocking=True) for k, v in values.items()})

@@ -1,0 +1,52 @@
+"""The order of training: which sequences form which batch.
+
+An epoch's order is a pure function of (seed, epoch), and a position in training is (epoch, batch).
+So any position is reached at once, nothing has to be replayed on resume.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from npu_rec.data.batch import JaggedBatch
+from npu_rec.data.splits import Split
+from npu_rec.ops.random import random_key
+
+
+class TrainLoader:
+    """Global batches of a training split, or one rank's share of them.
+
+    Args:
+        batch_size: sequences of a global batch at most.
+        batch_tokens: tokens of a global batch at most (a single longer sequence is a batch of its own), or None.
+        rank, world: this process takes every `world`-th sequence of each global batch.
+    """
+
+    def __init__(
+        self, split: Split, *, batch_size: int, batch_tokens: int | None, seed: int, rank: int = 0, world: int = 1
+    ) -> None:
+        self.split, self.batch_size, self.batch_tokens = split, batch_size, batch_tokens
+        self.seed, self.rank, self.world = seed, rank, world
+
+    def batches(self, epoch: int) -> list[np.ndarray]:
+        """The global batches of an epoch: rows of the split, in the order of training."""
+        keys = random_key(self.seed, "shuffle", epoch, torch.from_numpy(self.split.sequences))
+        assert isinstance(keys, torch.Tensor)
+        order = np.argsort(keys.numpy(), kind="stable")
+        tokens = np.concatenate([[0], np.cumsum(self.split.lengths[order])])
+        cuts = [0]
+        while cuts[-1] < len(order):
+            stop = cuts[-1] + self.batch_size
+            if self.batch_tokens is not None:
+                fits = int(np.searchsorted(tokens, tokens[cuts[-1]] + self.batch_tokens, side="right")) - 1
+                stop = min(stop, max(fits, cuts[-1] + 1))
+            cuts.append(min(stop, len(order)))
+        return [order[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[JaggedBatch]:
+        """This rank's batches of an epoch from batch `start` on."""
+        for rows in self.batches(epoch)[start:]:
+            yield self.split.batch(rows[self.rank :: self.world])

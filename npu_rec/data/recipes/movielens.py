@@ -1,0 +1,148 @@
+"""MovieLens-1M and MovieLens-20M, with Meta's preprocessing: ids as published, every rating an event, ordered
+by time, and the catalogue is the publisher's list of movies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from npu_rec.data.download import download
+from npu_rec.data.kinds import HalfStars, Id, Seconds, Text
+from npu_rec.data.recipe import Log, RawData, Recipe
+from npu_rec.data.rows import Column, Rows
+from npu_rec.data.sources import find, need
+from npu_rec.data.textio import TextFormat
+from npu_rec.registry import register
+
+TERMS = (
+    "MovieLens ({}), GroupLens, University of Minnesota: free for research, no commercial use without permission, "
+    "no redistribution; see the README in the archive. Cite Harper and Konstan 2015, doi 10.1145/2827872."
+)
+HALF_STARS = "rating in half stars (twice the stars): 1..10"
+WHY_MOVIES = "it lists the movies, the catalogue"
+
+
+def _dat(*names: str) -> TextFormat:
+    return TextFormat("::", names, encoding="latin-1")
+
+
+class GroupLens(Recipe):
+    """What the official archives have in common: `<url>.md5` beside each."""
+
+    url: str
+    actions = HALF_STARS
+
+    def obtain(self, downloads: Path, log: Log) -> Path:
+        return download(self.url, downloads, log, md5_url=f"{self.url}.md5")
+
+    def identity(self) -> Any:
+        return {"download": self.url}
+
+
+@register("data", "ml-1m")
+class MovieLens1M(GroupLens):
+    """Reads the official `ratings.dat`, `movies.dat`, `users.dat`; or, for ratings, `ratings.csv`: columns
+    `user,item` and optionally `timestamp`, in the exact order of events a user, which times do not change. Of
+    that file nothing else is read: its ratings are known for a biased part of the events only."""
+
+    description = "MovieLens-1M: 1,000,209 ratings of 3,706 movies (3,883 listed) by 6,040 users"
+    terms = TERMS.format("ml-1m")
+    url = "https://files.grouplens.org/datasets/movielens/ml-1m.zip"
+    members = ("ratings.dat", "ratings.csv", "movies.dat", "users.dat")
+    published_events = 1_000_209
+
+    def inputs(self, source: Path) -> list[Path]:
+        if source.is_file() and source.suffix == ".zip":
+            return [source]
+        files = [self._ratings(source), self._movies(source), find(source, "users.dat", folder="ml-1m")]
+        return [file for file in files if file is not None]
+
+    def _ratings(self, source: Path) -> Path:
+        if source.is_file():
+            return source
+        return need(source, "ratings.dat", "ratings.csv", folder="ml-1m", why="it holds the ratings")
+
+    def _movies(self, source: Path) -> Path:
+        return need(source, "movies.dat", folder="ml-1m", why=WHY_MOVIES)
+
+    def read(self, source: Path, rows: Rows) -> RawData:
+        ratings, movies = self._ratings(source), self._movies(source)
+        in_order = ratings.name.removesuffix(".gz").endswith(".csv")
+        return RawData(
+            _ordered_events(ratings, rows) if in_order else _dat_ratings(ratings, rows),
+            items=_dat_movies(movies, rows),
+            users=_dat_users(find(source, "users.dat", folder="ml-1m"), rows),
+            in_order=in_order,
+            events_file=ratings.name,
+            items_file=movies.name,
+        )
+
+
+def _dat_ratings(path: Path, rows: Rows) -> pl.DataFrame:
+    columns = [
+        Column("user", Id()),
+        Column("item", Id(zero_is_padding=True)),
+        Column("action", HalfStars(), source="rating"),
+        Column("time", Seconds(), source="timestamp"),
+    ]
+    return rows.text(path, columns, _dat("user", "item", "rating", "timestamp"))
+
+
+def _ordered_events(path: Path, rows: Rows) -> pl.DataFrame:
+    columns = [Column("user", Id()), Column("item", Id(zero_is_padding=True))]
+    columns.append(Column("time", Seconds(), source="timestamp", optional=True))
+    return rows.text(path, columns, TextFormat(","))
+
+
+def _dat_movies(path: Path, rows: Rows) -> pl.DataFrame:
+    columns = [Column("item", Id(zero_is_padding=True)), Column("title", Text()), Column("genres", Text())]
+    return rows.text(path, columns, _dat("item", "title", "genres"))
+
+
+def _dat_users(path: Path | None, rows: Rows) -> pl.DataFrame | None:
+    if path is None:
+        return None
+    names = ("user", "gender", "age", "occupation", "zip_code")
+    columns = [Column("user", Id()), *(Column(name, Text()) for name in names[1:])]
+    return rows.text(path, columns, _dat(*names))
+
+
+@register("data", "ml-20m")
+class MovieLens20M(GroupLens):
+    """Reads the official `ratings.csv` and `movies.csv`."""
+
+    description = "MovieLens-20M: 20,000,263 ratings of 26,744 movies (27,278 listed) by 138,493 users"
+    terms = TERMS.format("ml-20m")
+    url = "https://files.grouplens.org/datasets/movielens/ml-20m.zip"
+    members = ("ratings.csv", "movies.csv")
+    published_events = 20_000_263
+
+    def inputs(self, source: Path) -> list[Path]:
+        if source.is_file() and source.suffix == ".zip":
+            return [source]
+        return list(self._files(source))
+
+    def _files(self, source: Path) -> tuple[Path, Path]:
+        movies = need(source, "movies.csv", folder="ml-20m", why=WHY_MOVIES)
+        if source.is_file():
+            return source, movies
+        return need(source, "ratings.csv", folder="ml-20m", why="it holds the ratings"), movies
+
+    def read(self, source: Path, rows: Rows) -> RawData:
+        ratings, movies = self._files(source)
+        quoted = TextFormat(",", quoted=True)
+        events = rows.text(
+            ratings,
+            [
+                Column("user", Id(), source="userId"),
+                Column("item", Id(zero_is_padding=True), source="movieId"),
+                Column("action", HalfStars(), source="rating"),
+                Column("time", Seconds(), source="timestamp"),
+            ],
+            quoted,
+        )
+        listed = [Column("item", Id(zero_is_padding=True), source="movieId"), Column("title", Text())]
+        items = rows.text(movies, [*listed, Column("genres", Text())], quoted)
+        return RawData(events, items=items, events_file=ratings.name, items_file=movies.name)

@@ -1,0 +1,89 @@
+"""Leave-one-out splits: which events of a sequence train, validate and test."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+from npu_rec.data.batch import JaggedBatch
+from npu_rec.data.store import SequenceStore
+
+Protocol = Literal["holdout", "meta"]
+HELD_OUT: dict[Protocol, dict[str, int]] = {"holdout": {"valid": 2, "test": 1}, "meta": {"test": 1}}
+
+
+@dataclass(frozen=True)
+class Split:
+    """Sequences and the windows of events `[starts, stops)` taken from them.
+
+    In training every event of a window but the first is predicted from those before it. In
+    evaluation the last event of the window is predicted.
+    """
+
+    store: SequenceStore
+    sequences: np.ndarray  # [S] int64
+    starts: np.ndarray  # [S] int64
+    stops: np.ndarray  # [S] int64
+    name: str
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens the model reads of each sequence, `[S]`: the events of the window but the last."""
+        return self.stops - self.starts - 1
+
+    def batch(self, rows: np.ndarray, remove: Literal["history", "input", "none"] | None = None) -> JaggedBatch:
+        """The batch of some rows of the split.
+
+        Args:
+            rows: `[B]` int64 indices into the split.
+            remove: in evaluation, which items the ranking leaves out (`eval.remove`).
+        """
+        sequences, starts, stops = self.sequences[rows], self.starts[rows], self.stops[rows]
+        events = self.store.gather(sequences, starts, stops)
+        ends = np.cumsum(stops - starts)
+        first = np.ones(len(events.item_ids), dtype=bool)
+        first[np.concatenate([[0], ends[:-1]])[stops > starts]] = False
+        last = np.ones(len(events.item_ids), dtype=bool)
+        last[ends[stops > starts] - 1] = False
+        columns = {"item_ids": events.item_ids[last], "next_ids": events.item_ids[first]}
+        if events.times is not None:
+            columns |= {"times": events.times[last], "next_times": events.times[first]}
+        offsets = np.concatenate([[0], np.cumsum(stops - starts - 1)])
+        tensors = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in columns.items()}
+        if remove is not None:
+            kept = {"history": np.zeros_like(starts), "input": starts, "none": stops - 1}[remove]
+            tensors["removed"] = torch.from_numpy(self.store.gather(sequences, kept, stops - 1).item_ids.copy())
+            tensors["removed_offsets"] = torch.from_numpy(np.concatenate([[0], np.cumsum(stops - 1 - kept)]))
+        return JaggedBatch(torch.from_numpy(sequences), torch.from_numpy(offsets), **tensors)
+
+
+def make_splits(store: SequenceStore, protocol: Protocol, max_seq_len: int) -> dict[str, Split]:
+    """`train`, `test` and, for `holdout`, `valid`.
+
+    Every window ends with an event to predict and has at most `max_seq_len` events before it, the
+    most recent ones. Sequences too short to hold one event before the predicted one are left out.
+    """
+    held_out = HELD_OUT[protocol]
+    stops = {"train": store.lengths - max(held_out.values())}
+    stops |= {name: store.lengths - back + 1 for name, back in held_out.items()}
+    splits = {}
+    for name, stop in stops.items():
+        sequences = np.flatnonzero(stop >= 2).astype(np.int64)
+        stop = stop[sequences]
+        splits[name] = Split(store, sequences, np.maximum(stop - max_seq_len - 1, 0), stop, name)
+    return splits
+
+
+def train_item_counts(split: Split, num_items: int) -> np.ndarray:
+    """How often each item occurs in the windows of a split, `[num_items + 1]` int64."""
+    counts = np.zeros(num_items + 1, dtype=np.int64)
+    for rows in np.array_split(np.arange(len(split)), max(1, len(split) // 65536)):
+        events = split.store.gather(split.sequences[rows], split.starts[rows], split.stops[rows])
+        counts += np.bincount(events.item_ids, minlength=num_items + 1)
+    return counts

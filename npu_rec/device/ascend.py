@@ -1,0 +1,116 @@
+"""Ascend NPUs through torch_npu, which is imported here alone and only when Ascend is asked for.
+
+`import npu_rec` keeps torch from importing torch_npu by itself (TORCH_DEVICE_BACKEND_AUTOLOAD=0): where CANN is
+missing that fails, and `import torch` with it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+import re
+import sys
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from npu_rec.device.profile import HardwareProfile, ascend_profile
+
+# What libtorch_npu.so links from CANN; the driver's library comes in through them.
+_CANN_LIBRARIES = {"libhccl.so", "libascendcl.so", "libacl_op_compiler.so", "libge_runner.so", "libgraph.so"}
+_DRIVER_LIBRARY = "libascend_hal.so"
+
+
+def installed() -> bool:
+    """Whether torch_npu is there at all, usable or not."""
+    return "torch_npu" in sys.modules or importlib.util.find_spec("torch_npu") is not None
+
+
+@functools.cache  # A failed import leaves parts of torch_npu behind; a second try would report something else.
+def unavailable() -> str | None:
+    """Import torch_npu and look for a card. Why Ascend cannot be used here, in one line; None when it can."""
+    fitting = f'pip install "torch_npu=={_minor(torch.__version__)}.*"'
+    if not installed():
+        return f"torch_npu is not installed; install the driver and CANN, then {fitting} for torch {torch.__version__}"
+    version = _version()
+    if version and _minor(version) != _minor(torch.__version__):
+        return f"torch_npu {version} does not fit torch {torch.__version__}; {fitting}"
+    try:
+        torch_npu = importlib.import_module("torch_npu")
+    except Exception as error:  # ImportError, OSError and RuntimeError all occur, whatever is wrong.
+        return _diagnose(error)
+    # Now that it loads, child processes (torch.compile's workers) may load it the way torch does by default.
+    os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "1"
+    try:
+        visible = torch_npu.npu.device_count()
+    except Exception as error:
+        return f"torch_npu {version} cannot count the NPUs: {first_line(error)}"
+    if visible == 0:
+        mask = os.environ.get("ASCEND_RT_VISIBLE_DEVICES")
+        return (
+            "torch_npu and CANN load, but no NPU is visible; check that `npu-smi info` lists one and that "
+            f"ASCEND_RT_VISIBLE_DEVICES does not hide it (it {'is not set' if mask is None else f'is {mask!r}'})"
+        )
+    return None
+
+
+def count() -> int:
+    """NPUs that this process sees."""
+    return int(_npu().device_count())
+
+
+def profile(index: int) -> HardwareProfile:
+    """The NPU of that index."""
+    properties = _npu().get_device_properties(index)
+    return ascend_profile(
+        _npu().get_device_name(index),
+        memory_bytes=getattr(properties, "total_memory", None),
+        cube_cores=getattr(properties, "cube_core_num", None),
+        vector_cores=getattr(properties, "vector_core_num", None),
+    )
+
+
+def _npu() -> Any:
+    return importlib.import_module("torch_npu").npu
+
+
+def _version() -> str | None:
+    try:
+        return metadata.version("torch_npu")
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _minor(version: str) -> str:
+    return ".".join(version.split(".")[:2])
+
+
+def first_line(error: Exception) -> str:
+    """An exception on one line; torch_npu's messages have many."""
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+
+
+def _diagnose(error: Exception) -> str:
+    """What a failed import of torch_npu means."""
+    text = str(error)
+    missing = re.search(r"(lib\w+\.so)\S*: cannot open shared object", text)
+    if missing and missing[1] in _CANN_LIBRARIES:
+        return (
+            f"torch_npu is installed, but CANN is not on the library path ({missing[1]} not found); "
+            "source /usr/local/Ascend/cann/set_env.sh (or ascend-toolkit/set_env.sh), or install CANN"
+        )
+    if missing and missing[1] == _DRIVER_LIBRARY:
+        return (
+            f"CANN is found, but the Ascend driver is not on the library path ({_DRIVER_LIBRARY} not found); "
+            "install the driver, or mount /usr/local/Ascend/driver into the container"
+        )
+    if "ERR00007" in text:
+        return (
+            f"torch {torch.__version__} is a build for another accelerator, and torch_npu cannot share a process with "
+            f"it (ERR00007); pip install torch=={torch.__version__.split('+')[0]} "
+            "--index-url https://download.pytorch.org/whl/cpu"
+        )
+    return f"importing torch_npu failed: {first_line(error)}"

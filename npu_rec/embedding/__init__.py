@@ -1,0 +1,5 @@
+"""Embedding tables."""
+
+from npu_rec.embedding.table import EmbeddingTable
+
+__all__ = ["EmbeddingTable"]

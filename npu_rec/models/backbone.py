@@ -1,0 +1,65 @@
+"""What every backbone is: a map of packed tokens to packed tokens."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from npu_rec.config import ModelConfig, OpsConfig
+from npu_rec.ops.random import derive_keys
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the tokens `[T]` of a batch hang together, for every layer alike.
+
+    Attributes:
+        offsets: `[B + 1]` int64.
+        max_seq_len: N, the model's constant.
+        times: `[T]` int64 seconds, the time of each event, or None for data without times.
+        query_times: `[T]` int64 seconds, the time of the next event (of the request, for the last one).
+        num_targets: `[B]` int64 trailing candidates, or None.
+        dropout_keys: `[T]` int64, or None outside training: no dropout.
+    """
+
+    offsets: Tensor
+    max_seq_len: int
+    times: Tensor | None = None
+    query_times: Tensor | None = None
+    num_targets: Tensor | None = None
+    dropout_keys: Tensor | None = None
+
+    def keys_for(self, part: int) -> Tensor | None:
+        """Dropout keys `[T]` of one place in the model."""
+        return None if self.dropout_keys is None else derive_keys(self.dropout_keys, part)
+
+
+class Backbone(nn.Module, ABC):
+    """A sequence model over packed tokens. Register one with `@register("model", name, options=Schema)`.
+
+    Class attributes:
+        learned_positions: the encoder adds a learned vector for each place to the input.
+    """
+
+    learned_positions: ClassVar[bool] = True
+
+    @abstractmethod
+    def __init__(self, config: ModelConfig, options: Any, ops: OpsConfig) -> None:
+        """Build from `model:`, its validated `model.options`, and the operator backends of `ops:`."""
+        super().__init__()
+
+    @property
+    def needs_times(self) -> bool:
+        """Whether data without times is a configuration error."""
+        return False
+
+    @abstractmethod
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+        """`x [T, D]` -> `[T, D]`."""
+
+    @abstractmethod
+    def flops(self, lengths: Tensor) -> float:
+        """Floating-point operations of one forward pass over sequences of `lengths [B]`."""

@@ -1,0 +1,72 @@
+"""Item ids in, one vector a token out: table, positions, backbone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from npu_rec.config import ModelConfig, OpsConfig
+from npu_rec.embedding import EmbeddingTable
+from npu_rec.models.backbone import Backbone, Layout
+from npu_rec.ops.jagged import position_of_token
+from npu_rec.ops.random import dropout
+from npu_rec.registry import lookup
+
+INPUT_DROPOUT = -1  # part of the dropout key; layers count from 0
+
+
+class SequenceEncoder(nn.Module):
+    """`x_i = dropout(E[id_i] * sqrt(D) + P[i])`, zero where id is 0, through the backbone.
+
+    Equations of HSTU, arXiv 2402.17152, as in Meta's research code.
+    """
+
+    def __init__(self, config: ModelConfig, options: Any, ops: OpsConfig, *, num_items: int, seed: int) -> None:
+        super().__init__()
+        backbone = lookup("model", config.backbone).target
+        self.max_seq_len = config.max_seq_len + config.max_output_len
+        self.input_dropout = config.input_dropout
+        self.scale = config.embedding_dim**0.5
+        self.items = EmbeddingTable("items", num_items + 1, config.embedding_dim, seed=seed, backend=ops.embedding_lookup)
+        self.positions: nn.Parameter | None = None
+        if backbone.learned_positions:
+            self.positions = nn.Parameter(torch.empty(self.max_seq_len, config.embedding_dim))
+            nn.init.xavier_normal_(self.positions)
+        self.backbone: Backbone = backbone(config, options, ops)
+
+    def forward(
+        self,
+        item_ids: Tensor,
+        offsets: Tensor,
+        times: Tensor | None = None,
+        query_times: Tensor | None = None,
+        dropout_keys: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states `[T, D]`.
+
+        Args:
+            item_ids: `[T]` int64; 0 is padding and yields a zero input.
+            offsets: `[B + 1]` int64; no sequence longer than N.
+            times, query_times: `[T]` int64 seconds of each event and of the one after it, or None.
+            dropout_keys: `[T]` int64 in training, None otherwise.
+        """
+        layout = Layout(offsets, self.max_seq_len, times, query_times, None, dropout_keys)
+        x = self.items(item_ids) * self.scale
+        if self.positions is not None:
+            x = x + self.positions[position_of_token(offsets, item_ids.shape[0])]
+        x = dropout(x, self.input_dropout, layout.keys_for(INPUT_DROPOUT))
+        x = x * (item_ids != 0).unsqueeze(1)
+        return self.backbone(x, layout)
+
+    def encode(
+        self, item_ids: Tensor, offsets: Tensor, times: Tensor | None = None, next_times: Tensor | None = None
+    ) -> Tensor:
+        """User vectors `[T, D]` of length 1, without dropout; arguments as in `forward`."""
+        return unit(self(item_ids, offsets, times, next_times))
+
+
+def unit(x: Tensor) -> Tensor:
+    """`x [..., D]` over its length, at least 1e-6."""
+    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-6)

@@ -1,0 +1,182 @@
+"""HSTU attention over jagged sequences: `silu(alpha q k^T + bias) / divisor * mask @ v`.
+
+HSTU, arXiv 2402.17152, section 3. The relative bias is an argument of the operator, so a
+backend can compute it tile by tile, forward and backward, without an [N, N] tensor.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from npu_rec.ops import hstu_attention_reference, hstu_attention_tiled
+from npu_rec.ops.hstu_attention_request import HSTUAttentionRequest
+from npu_rec.ops.masks import MaskRule
+from npu_rec.ops.registry import operator
+from npu_rec.ops.relative_bias import RelativeBias
+
+HSTU_ATTENTION = operator(
+    "hstu_attention", hstu_attention_tiled.BACKEND, hstu_attention_reference.BACKEND, sample=HSTUAttentionRequest.sample
+)
+
+
+def hstu_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offsets: Tensor,
+    *,
+    max_seq_len: int,
+    alpha: float = 1.0,
+    divisor: float | None = None,
+    causal: bool = True,
+    num_targets: Tensor | None = None,
+    contextual_seq_len: int = 0,
+    max_attn_len: int = 0,
+    min_full_attn_seq_len: int = 0,
+    bias: RelativeBias | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """HSTU attention, differentiable in q, k, v and the two weights of the bias.
+
+    Args:
+        q, k: `[T, H, Dqk]`, float.
+        v: `[T, H, Dv]`, same dtype. Head widths 1..256.
+        offsets: `[B + 1]` int64; no sequence longer than `max_seq_len`.
+        max_seq_len: N, the model's constant (not the batch's maximum): default divisor, origin of the position table.
+        alpha: factor on q k^T, applied before the bias is added.
+        divisor: attention is divided by it; N by default.
+        causal: whether a token sees earlier tokens only.
+        num_targets: `[B]` int64, trailing candidates; each sees the history and itself.
+        contextual_seq_len: leading tokens that see the whole history.
+        max_attn_len: local window in ids, 0 for none.
+        min_full_attn_seq_len: the last so many history tokens (and targets) ignore the window.
+        bias: relative position and time bias, or None.
+        backend: `auto`, or the name of one.
+
+    Returns:
+        `[T, H, Dv]`, dtype of v.
+
+    Raises:
+        ValueError: shapes do not fit.
+        BackendError: the named backend cannot run this request.
+    """
+    total = q.shape[0]
+    if q.dim() != 3 or k.shape != q.shape or v.dim() != 3 or v.shape[:2] != q.shape[:2]:
+        raise ValueError(f"q, k, v must be [T, H, Dqk], [T, H, Dqk], [T, H, Dv]; got {[list(x.shape) for x in (q, k, v)]}")
+    if offsets.dim() != 1 or offsets.shape[0] < 1 or offsets.dtype != torch.int64:
+        raise ValueError(f"offsets must be [B + 1] int64, got {list(offsets.shape)} {offsets.dtype}")
+    if num_targets is not None and num_targets.shape != (offsets.shape[0] - 1,):
+        raise ValueError(f"num_targets must be [B] = [{offsets.shape[0] - 1}], got {list(num_targets.shape)}")
+    MaskRule(causal, contextual_seq_len, max_attn_len, min_full_attn_seq_len)
+    if bias is not None:
+        bias.check(total, max_seq_len)
+    return torch.ops.npu_rec.hstu_attention(
+        q,
+        k,
+        v,
+        offsets,
+        num_targets,
+        None if bias is None else bias.position_weight,
+        None if bias is None else bias.time_weight,
+        None if bias is None else bias.query_time,
+        None if bias is None else bias.key_time,
+        max_seq_len,
+        alpha,
+        float(max_seq_len if divisor is None else divisor),
+        causal,
+        contextual_seq_len,
+        max_attn_len,
+        min_full_attn_seq_len,
+        backend,
+    )
+
+
+@torch.library.custom_op("npu_rec::hstu_attention", mutates_args=())
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offsets: Tensor,
+    num_targets: Tensor | None,
+    position_weight: Tensor | None,
+    time_weight: Tensor | None,
+    query_time: Tensor | None,
+    key_time: Tensor | None,
+    max_seq_len: int,
+    alpha: float,
+    divisor: float,
+    causal: bool,
+    contextual_seq_len: int,
+    max_attn_len: int,
+    min_full_attn_seq_len: int,
+    backend: str,
+) -> Tensor:
+    rule = MaskRule(causal, contextual_seq_len, max_attn_len, min_full_attn_seq_len)
+    request = HSTUAttentionRequest(
+        q, k, v, offsets, num_targets, position_weight, time_weight, query_time, key_time,
+        max_seq_len, alpha, divisor, rule,
+    )  # fmt: skip
+    request.check()
+    return HSTU_ATTENTION.select(request, backend).forward(request)
+
+
+@_forward.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> Tensor:
+    return v.new_empty(v.shape)
+
+
+@torch.library.custom_op("npu_rec::hstu_attention_backward", mutates_args=())
+def _backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offsets: Tensor,
+    num_targets: Tensor | None,
+    position_weight: Tensor | None,
+    time_weight: Tensor | None,
+    query_time: Tensor | None,
+    key_time: Tensor | None,
+    max_seq_len: int,
+    alpha: float,
+    divisor: float,
+    causal: bool,
+    contextual_seq_len: int,
+    max_attn_len: int,
+    min_full_attn_seq_len: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    rule = MaskRule(causal, contextual_seq_len, max_attn_len, min_full_attn_seq_len)
+    request = HSTUAttentionRequest(
+        q, k, v, offsets, num_targets, position_weight, time_weight, query_time, key_time,
+        max_seq_len, alpha, divisor, rule,
+    )  # fmt: skip
+    dq, dk, dv, d_position, d_time = HSTU_ATTENTION.select(request, backend).backward(request, grad)
+    # an operator's schema has no optional results: an absent weight has a gradient of no elements
+    return dq, dk, dv, q.new_empty(0) if d_position is None else d_position, q.new_empty(0) if d_time is None else d_time
+
+
+@_backward.register_fake
+def _(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, num_targets: Tensor | None,
+    position_weight: Tensor | None, time_weight: Tensor | None, *rest: object,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    weights = (q.new_empty(0) if w is None else w.new_empty(w.shape) for w in (position_weight, time_weight))
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), *weights
+
+
+def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[object, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:9])  # type: ignore[arg-type]
+    ctx.constants = inputs[9:]  # type: ignore[attr-defined]
+
+
+def _autograd(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors  # type: ignore[attr-defined]
+    constants = ctx.constants  # type: ignore[attr-defined]
+    dq, dk, dv, d_position, d_time = torch.ops.npu_rec.hstu_attention_backward(grad, *saved, *constants)
+    weights = (d_position if saved[5] is not None else None, d_time if saved[6] is not None else None)
+    return dq, dk, dv, None, None, *weights, *(None,) * (len(constants) + 2)
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)

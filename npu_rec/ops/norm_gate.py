@@ -1,0 +1,159 @@
+"""Normalise and gate: `dropout(LayerNorm(x) * gate)`, the end of an HSTU layer (arXiv 2402.17152, equation 3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import layer_norm
+
+from npu_rec.ops.random import dropout as keyed_dropout
+from npu_rec.ops.registry import Backend, operator
+
+
+@dataclass(frozen=True)
+class NormGateRequest:
+    """Arguments of `norm_gate` (shapes there)."""
+
+    x: Tensor
+    gate: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    dropout_keys: Tensor | None
+    eps: float
+    dropout: float
+
+    @staticmethod
+    def sample(device: torch.device) -> NormGateRequest:
+        """A small request: T = 4, C = 16."""
+        x, keys = torch.zeros(4, 16, device=device), torch.zeros(4, dtype=torch.int64, device=device)
+        return NormGateRequest(x, x, None, None, keys, 1e-6, 0.1)
+
+
+def _reference_forward(request: NormGateRequest) -> Tensor:
+    normalised = layer_norm(request.x, request.x.shape[-1:], request.weight, request.bias, request.eps)
+    return keyed_dropout(normalised * request.gate, request.dropout, request.dropout_keys)
+
+
+def _reference_backward(request: NormGateRequest, grad: Tensor) -> tuple[Tensor | None, ...]:
+    # not `backward_by_autograd`: torch.func fails inside a TorchDispatchMode such as FlopCounterMode
+    x, weight, bias, shape = request.x, request.weight, request.bias, request.x.shape[-1:]
+    normalised, mean, rstd = torch.native_layer_norm(x, shape, weight, bias, request.eps)
+    d_product = keyed_dropout(grad, request.dropout, request.dropout_keys)
+    wanted = [True, weight is not None, bias is not None]
+    dx, d_weight, d_bias = torch.ops.aten.native_layer_norm_backward(
+        d_product * request.gate, x, shape, mean, rstd, weight, bias, wanted
+    )
+    return dx, d_product * normalised, d_weight, d_bias
+
+
+NORM_GATE = operator(
+    "norm_gate", Backend("reference", _reference_forward, _reference_backward), sample=NormGateRequest.sample
+)
+
+
+def norm_gate(
+    x: Tensor,
+    gate: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    dropout: float = 0.0,
+    dropout_keys: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """`dropout(LayerNorm(x) * gate)`.
+
+    Args:
+        x, gate: `[T, C]`; LayerNorm over C.
+        weight, bias: `[C]` of the LayerNorm, or None.
+        eps: of the LayerNorm.
+        dropout: probability, used when `dropout_keys` are given.
+        dropout_keys: `[T]` int64; the same key drops the same channels (design 3.6). None: no dropout.
+        backend: `auto`, or the name of one.
+
+    Returns:
+        `[T, C]`, dtype of x. Differentiable in x, gate, weight, bias.
+
+    Raises:
+        ValueError: shapes do not fit.
+    """
+    if x.dim() != 2 or gate.shape != x.shape:
+        raise ValueError(f"x and gate must be [T, C], got {list(x.shape)}, {list(gate.shape)}")
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is not None and parameter.shape != x.shape[1:]:
+            raise ValueError(f"{name} must be [C] = [{x.shape[1]}], got {list(parameter.shape)}")
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+    if dropout_keys is not None and dropout_keys.shape != x.shape[:1]:
+        raise ValueError(f"dropout_keys must be [T] = [{x.shape[0]}], got {list(dropout_keys.shape)}")
+    return torch.ops.npu_rec.norm_gate(  # type: ignore[no-any-return]
+        x, gate.to(x.dtype), weight, bias, dropout_keys, eps, dropout, backend
+    )
+
+
+@torch.library.custom_op("npu_rec::norm_gate", mutates_args=())
+def _forward(
+    x: Tensor,
+    gate: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    dropout_keys: Tensor | None,
+    eps: float,
+    dropout: float,
+    backend: str,
+) -> Tensor:
+    request = NormGateRequest(x, gate, weight, bias, dropout_keys, eps, dropout)
+    return NORM_GATE.select(request, backend).forward(request)  # type: ignore[no-any-return]
+
+
+@_forward.register_fake
+def _(x: Tensor, *rest: object) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("npu_rec::norm_gate_backward", mutates_args=())
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    gate: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    dropout_keys: Tensor | None,
+    eps: float,
+    dropout: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    request = NormGateRequest(x, gate, weight, bias, dropout_keys, eps, dropout)
+    dx, d_gate, d_weight, d_bias = NORM_GATE.select(request, backend).backward(request, grad)
+    # an operator's schema has no optional results: an absent parameter has a gradient of no elements
+    return dx, d_gate, x.new_empty(0) if d_weight is None else d_weight, x.new_empty(0) if d_bias is None else d_bias
+
+
+@_backward.register_fake
+def _(
+    grad: Tensor, x: Tensor, gate: Tensor, weight: Tensor | None, bias: Tensor | None, *rest: object
+) -> tuple[Tensor, ...]:
+    parameters = (x.new_empty(0) if p is None else p.new_empty(p.shape) for p in (weight, bias))
+    return x.new_empty(x.shape), gate.new_empty(gate.shape), *parameters
+
+
+def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:  # type: ignore[type-arg]
+    ctx.save_for_backward(*inputs[:5])
+    ctx.constants = inputs[5:]  # type: ignore[attr-defined]
+
+
+def _autograd(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors  # type: ignore[attr-defined]
+    dx, d_gate, d_weight, d_bias = torch.ops.npu_rec.norm_gate_backward(
+        grad,
+        *saved,
+        *ctx.constants,  # type: ignore[attr-defined]
+    )
+    parameters = (d_weight if saved[2] is not None else None, d_bias if saved[3] is not None else None)
+    return dx, d_gate, *parameters, None, None, None, None
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)

@@ -1,0 +1,113 @@
+"""Random numbers by counter: a draw is a pure function of what it is for.
+
+A 64-bit key is made from (seed, purpose, epoch, sequence id, position, ...); values are hashes of
+key and index. So a draw does not depend on how tokens are packed, batched or spread over ranks.
+Keys mix with splitmix64 (Steele, Lea, Flood 2014); values with the 32-bit finaliser of
+MurmurHash3, twice, in int32 arithmetic, which every target device does in vector units.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_PURPOSES = {"dropout": 1, "negatives": 2, "rows": 3, "shuffle": 4, "data": 5}
+
+
+def _signed(value: int, bits: int) -> int:
+    value &= (1 << bits) - 1
+    return value - (1 << bits) if value >> (bits - 1) else value
+
+
+_GAMMA = 0x9E3779B97F4A7C15
+_MIX1, _MIX2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+
+
+def _mix64_int(z: int) -> int:
+    z &= 2**64 - 1
+    z = ((z ^ (z >> 30)) * _MIX1) & (2**64 - 1)
+    z = ((z ^ (z >> 27)) * _MIX2) & (2**64 - 1)
+    return z ^ (z >> 31)
+
+
+def _shift64(z: Tensor, bits: int) -> Tensor:
+    return (z >> bits) & ((1 << (64 - bits)) - 1)  # >> is arithmetic on int64: clear the copied sign
+
+
+def _mix64(z: Tensor) -> Tensor:
+    z = (z ^ _shift64(z, 30)) * _signed(_MIX1, 64)
+    z = (z ^ _shift64(z, 27)) * _signed(_MIX2, 64)
+    return z ^ _shift64(z, 31)
+
+
+def random_key(seed: int, purpose: str, *parts: int | Tensor) -> int | Tensor:
+    """A 64-bit key from a seed, a purpose and any number of integers or int64 tensors that broadcast.
+
+    Returns:
+        An int (signed 64-bit) when every part is an int, otherwise an int64 tensor.
+    """
+    key: int | Tensor = _mix64_int(_mix64_int(seed + _GAMMA) + _PURPOSES[purpose] * _GAMMA)
+    for part in parts:
+        if isinstance(key, int) and isinstance(part, int):
+            key = _mix64_int(key + (part + 1) * _GAMMA)
+        else:
+            key = _signed(key, 64) if isinstance(key, int) else key
+            key = _mix64((part + 1) * _signed(_GAMMA, 64) + key)
+    return _signed(key, 64) if isinstance(key, int) else key
+
+
+def _shift32(z: Tensor, bits: int) -> Tensor:
+    return (z >> bits) & ((1 << (32 - bits)) - 1)
+
+
+def _mix32(z: Tensor) -> Tensor:
+    z = (z ^ _shift32(z, 16)) * _signed(0x85EBCA6B, 32)
+    z = (z ^ _shift32(z, 13)) * _signed(0xC2B2AE35, 32)
+    return z ^ _shift32(z, 16)
+
+
+def random_bits(keys: Tensor, count: int) -> Tensor:
+    """`keys [...]` int64 -> `[..., count]` int32 with 32 random bits each."""
+    low = keys.to(torch.int32).unsqueeze(-1)
+    high = (keys >> 32).to(torch.int32).unsqueeze(-1)
+    index = torch.arange(count, dtype=torch.int32, device=keys.device) * _signed(0x9E3779B9, 32)
+    return _mix32(_mix32(index + low) ^ high)
+
+
+def random_uniform(keys: Tensor, count: int) -> Tensor:
+    """`keys [...]` -> `[..., count]` float32 in (0, 1), on a grid of 2^-24."""
+    return ((random_bits(keys, count) >> 8) & 0xFFFFFF).to(torch.float32).add_(0.5).mul_(2.0**-24)
+
+
+def random_integers(keys: Tensor, count: int, high: int) -> Tensor:
+    """`keys [...]` -> `[..., count]` int64, uniform in 0..high-1 (high below 2^31; bias below high / 2^32)."""
+    if not 1 <= high < 2**31:
+        raise ValueError(f"high must be in 1..2^31 - 1, got {high}")
+    bits = random_bits(keys, count).to(torch.int64) & 0xFFFFFFFF
+    return (bits * high) >> 32
+
+
+def random_truncated_normal(keys: Tensor, count: int, std: float) -> Tensor:
+    """`keys [...]` -> `[..., count]` float32, normal with deviation `std` cut at two deviations."""
+    reach = 0.9544997361036416  # probability within two deviations
+    uniform = random_uniform(keys, count)
+    return torch.erfinv((2.0 * uniform - 1.0) * reach) * (std * 2.0**0.5)
+
+
+def dropout_scale(keys: Tensor, count: int, probability: float) -> Tensor:
+    """Multipliers of inverted dropout, `[..., count]` float32: 0 with `probability`, else 1 / (1 - probability)."""
+    threshold = round(probability * 2**31)
+    kept = (random_bits(keys, count) & 0x7FFFFFFF) >= threshold
+    return kept.to(torch.float32).mul_(1.0 / (1.0 - probability))
+
+
+def dropout(x: Tensor, probability: float, keys: Tensor | None) -> Tensor:
+    """Dropout of `x [T, C]` that depends on `keys [T]` int64 alone. No keys, or probability 0: `x` itself."""
+    if probability == 0.0 or keys is None:
+        return x
+    return x * dropout_scale(keys, x.shape[-1], probability).to(x.dtype)
+
+
+def derive_keys(keys: Tensor, part: int) -> Tensor:
+    """New keys `[...]` int64 from `keys`, one family for each `part` (a layer, a place in it)."""
+    return _mix64(keys + _signed((part + 1) * _GAMMA, 64))

@@ -1,0 +1,55 @@
+"""Negatives of each position, drawn by counter."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from npu_rec.errors import ConfigError
+from npu_rec.ops.random import random_integers
+
+Strategy = Literal["uniform", "in_batch", "popularity"]
+
+
+class NegativeSampler:
+    """Draws columns of the catalogue.
+
+    uniform: every item of the catalogue alike, with replacement (Meta's research code).
+    in_batch: alike among the distinct items of the global batch.
+    popularity: in proportion to the occurrences in training.
+
+    Args:
+        counts: `[C]` int64 occurrences of the catalogue's items in training.
+    """
+
+    def __init__(self, strategy: Strategy, counts: Tensor) -> None:
+        self.strategy = strategy
+        self.counts = counts
+        if strategy == "popularity":
+            total = int(counts.sum())
+            if total == 0:
+                raise ConfigError("task.options.negatives: popularity needs training events")
+            # thin out what does not fit the 31-bit draw, keeping every item that occurs
+            self.cumulative = torch.cumsum(counts if total < 2**31 else -(-counts * 2**30 // total), 0)
+
+    def draw(self, keys: Tensor, count: int, in_batch: Tensor) -> Tensor:
+        """`keys [T]` -> `[T, count]` int64 columns; `in_batch [T]` are the columns of the batch's items."""
+        if self.strategy == "uniform":
+            return random_integers(keys, count, self.counts.shape[0])
+        if self.strategy == "in_batch":
+            distinct = torch.unique(in_batch)
+            return distinct[random_integers(keys, count, distinct.shape[0])] if len(distinct) else in_batch.new_zeros((0, count))
+        cumulative = self.cumulative.to(keys.device)
+        return torch.searchsorted(cumulative, random_integers(keys, count, int(cumulative[-1])), right=True)
+
+    def log_q(self) -> Tensor:
+        """`[C]` log of the probability that a draw is that item; for in_batch, of its occurring in training.
+
+        Raises:
+            ConfigError: the draw is uniform, where a correction changes nothing.
+        """
+        if self.strategy == "uniform":
+            raise ConfigError("task.options.log_q: uniform negatives need no correction; set negatives or leave it out")
+        return torch.log(self.counts.clamp_min(1).double() / self.counts.sum()).float()

@@ -1,0 +1,236 @@
+"""Checkpoints: a folder of safetensors and JSON with a manifest of hashes; nothing is ever unpickled.
+
+    step-120/
+      model-*.safetensors, model.safetensors.index.json   tensors (torch.distributed.checkpoint)
+      state.json      step, position in the data, counters
+      config.yaml     the resolved configuration
+      items.arrow     item id, raw id, title: what `recommend` needs
+      manifest.json   SHA-256 and size of every other file
+
+A checkpoint is written beside its place and renamed, so a kill at any moment leaves the last good one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+
+from npu_rec.config import Config, dump_config
+from npu_rec.errors import CheckpointError
+from npu_rec.tasks import DataFacts
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint on disk."""
+
+    path: Path
+    state: dict[str, Any]
+
+    @property
+    def config_path(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def items_path(self) -> Path:
+        return self.path / "items.arrow"
+
+    def tensors(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors whose name starts with `prefix.`, without it, in host memory."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch says that there is one process
+            try:
+                stored = HuggingFaceStorageReader(str(self.path)).read_metadata().state_dict_metadata
+                wanted = {
+                    name: torch.empty(entry.size, dtype=entry.properties.dtype)
+                    for name, entry in stored.items()
+                    if name.startswith(f"{prefix}.")
+                }
+                if wanted:
+                    dcp.load(wanted, storage_reader=HuggingFaceStorageReader(str(self.path)), no_dist=True)
+            except (SafetensorError, dcp.CheckpointException, OSError, ValueError, KeyError) as error:
+                raise CheckpointError(f"{self.path}: cannot be read: {error}") from None
+        return {name.removeprefix(f"{prefix}."): value for name, value in wanted.items()}
+
+    def facts(self) -> DataFacts:
+        """What the model knows of its data set."""
+        tensors = self.tensors("facts")
+        return DataFacts(
+            self.state["num_items"], tensors["catalogue"], tensors["item_counts"], bool(self.state["has_times"])
+        )
+
+
+def save(
+    path: Path,
+    *,
+    config: Config,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    facts: DataFacts,
+    items: Path,
+    state: Mapping[str, Any],
+    random_states: Mapping[str, Tensor],
+) -> None:
+    """Write a checkpoint at `path` so that it is there whole or not at all."""
+    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    tensors |= {f"random.{name}": value for name, value in random_states.items()}
+    tensors |= {"facts.catalogue": facts.catalogue, "facts.item_counts": facts.item_counts}
+    if optimizer is not None:
+        tensors |= {f"optimizer.{name}": value for name, value in optimizer_tensors(model, optimizer).items()}
+    partial = path.parent / f".{path.name}.partial-{os.getpid()}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        _write(partial, tensors, config, facts, items, state)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(f"{path}: cannot be written: {error}; earlier checkpoints are untouched") from error
+    aside = path.parent / f".{path.name}.partial-replaced"
+    if path.exists():
+        path.rename(aside)
+    partial.rename(path)
+    _sync(path.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _write(
+    folder: Path,
+    tensors: dict[str, Tensor],
+    config: Config,
+    facts: DataFacts,
+    items: Path,
+    state: Mapping[str, Any],
+) -> None:
+    host = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says that there is one process
+        dcp.save(host, storage_writer=HuggingFaceStorageWriter(str(folder)), no_dist=True)
+    full = {"format": FORMAT, "num_items": facts.num_items, "has_times": facts.has_times, **state}
+    (folder / "state.json").write_text(json.dumps(full, indent=1))
+    (folder / "config.yaml").write_text(dump_config(config))
+    shutil.copyfile(items, folder / "items.arrow")
+    files = {file.name: {"sha256": _hash(file), "bytes": file.stat().st_size} for file in sorted(folder.iterdir())}
+    (folder / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}, indent=1))
+    for file in folder.iterdir():
+        _sync(file)
+    _sync(folder)
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Verify every file of a checkpoint against its manifest.
+
+    Raises:
+        CheckpointError: not a checkpoint, or a file is missing, truncated or altered; the file is named.
+    """
+    manifest_path = path / MANIFEST
+    if not manifest_path.is_file():
+        raise CheckpointError(f"{path}: not a checkpoint (no {MANIFEST})")
+    try:
+        manifest = json.loads(manifest_path.read_text())
+        files = {str(name): (str(e["sha256"]), int(e["bytes"])) for name, e in manifest["files"].items()}
+        version = manifest["format"]
+    except (ValueError, KeyError, TypeError, AttributeError, OSError):
+        raise CheckpointError(f"{manifest_path}: damaged; use another checkpoint") from None
+    if version != FORMAT:
+        raise CheckpointError(f"{path}: format {version}, this version reads {FORMAT}")
+    for name, (digest, size) in files.items():
+        file = path / name
+        if not file.is_file():
+            raise CheckpointError(f"{file}: missing; use another checkpoint")
+        if file.stat().st_size != size:
+            raise CheckpointError(f"{file}: {file.stat().st_size} bytes instead of {size}: truncated or altered")
+        if _hash(file) != digest:
+            raise CheckpointError(f"{file}: its SHA-256 is not that of the manifest: damaged or altered")
+    return Checkpoint(path, json.loads((path / "state.json").read_text()))
+
+
+def list_steps(folder: Path) -> list[int]:
+    """Steps of the complete checkpoints in a folder, ascending."""
+    if not folder.is_dir():
+        return []
+    names = (p.name for p in folder.iterdir() if p.is_dir())
+    return sorted(int(name[5:]) for name in names if name.startswith("step-") and name[5:].isdigit())
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove what a killed save left behind."""
+    for partial in folder.glob(".step-*.partial-*") if folder.is_dir() else ():
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def prune(folder: Path, keep: int, best: int | None) -> None:
+    """Delete all but the newest `keep` checkpoints and the best one."""
+    for step in list_steps(folder)[:-keep]:
+        if step != best:
+            shutil.rmtree(folder / f"step-{step}", ignore_errors=True)
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """State of the optimiser by parameter name: `<parameter>/<state>` -> tensor."""
+    return {
+        f"{name}/{key}": value
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+        if isinstance(value, Tensor)
+    }
+
+
+def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Put back what `optimizer_tensors` gave."""
+    for name, parameter in model.named_parameters():
+        state = {}
+        for full_name, value in tensors.items():
+            owner, _, key = full_name.rpartition("/")
+            if owner == name:
+                state[key] = value if key == "step" else value.to(parameter.device)
+        if state:
+            optimizer.state[parameter] = state
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
+    """Load weights by name.
+
+    Raises:
+        CheckpointError: names or shapes differ; they are named.
+    """
+    own = model.state_dict()
+    problems = [f"missing {name}" for name in own if name not in weights]
+    problems += [f"unknown {name}" for name in weights if name not in own]
+    problems += [
+        f"{name} is {list(weights[name].shape)}, the model wants {list(value.shape)}"
+        for name, value in own.items()
+        if name in weights and weights[name].shape != value.shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise CheckpointError(f"{source}: does not fit the model: {'; '.join(problems[:4])}{more}")
+    model.load_state_dict(dict(weights))
+
+
+def _hash(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,30 @@
+"""Weights from a checkpoint or a .safetensors file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from npu_rec.errors import CheckpointError
+from npu_rec.train.checkpoint import open_checkpoint
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The model's weights by name, in host memory.
+
+    Raises:
+        CheckpointError: neither a checkpoint folder nor a readable .safetensors file.
+    """
+    if path.is_dir():
+        return open_checkpoint(path).tensors("model")
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint or file")
+    if path.suffix != ".safetensors":
+        raise CheckpointError(f"{path}: expected a checkpoint folder or a .safetensors file (see `npu-rec convert`)")
+    try:
+        return dict(load_file(path))
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: not a readable .safetensors file: {error}") from None
