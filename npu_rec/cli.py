@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from npu_rec import __version__
-from npu_rec.errors import UserError
+from npu_rec.errors import TrainingError, UserError
 
 app = typer.Typer(
     name="npu-rec",
@@ -29,9 +29,12 @@ app.add_typer(data_app, name="data")
 
 ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, such as configs/quickstart.yaml.")]
 SetOption = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, such as train.epochs=5. Repeatable.")
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key, such as train.epochs=5. Repeatable."),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout; everything else goes to stderr.")]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print one JSON document on stdout; everything else goes to stderr.")
+]
 
 
 def main() -> None:
@@ -43,6 +46,9 @@ def main() -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except TrainingError as error:
+        print(f"failed: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
@@ -66,7 +72,11 @@ def _version(value: bool) -> None:
 
 
 @app.callback()
-def _root(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False) -> None:
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
     pass
 
 
@@ -75,7 +85,8 @@ def train(
     config: ConfigArgument,
     set_: SetOption = None,
     resume: Annotated[
-        str | None, typer.Option(help="`auto`: the newest checkpoint of the run directory, if any; or a checkpoint's path.")
+        str | None,
+        typer.Option(help="`auto`: the newest checkpoint of the run directory, if any; or a checkpoint's path."),
     ] = None,
     run_dir: Annotated[Path | None, typer.Option(help="Folder of the run; runs/<name> by default.")] = None,
     as_json: JsonOption = False,
@@ -97,7 +108,9 @@ def train(
     def show(console: Console) -> None:
         console.print(_metrics_table(result.metrics))
         console.print(f"training took {result.extra['train_seconds']:.1f} s")
-        console.print(f"run directory  {result.run_dir}\nreport         {result.report}\ncheckpoint     {result.checkpoint}")
+        console.print(
+            f"run directory  {result.run_dir}\nreport         {result.report}\ncheckpoint     {result.checkpoint}"
+        )
 
     _emit(as_json, document, show)
 
@@ -127,7 +140,8 @@ def evaluate(
 def recommend(
     checkpoint: Annotated[Path, typer.Option(help="Checkpoint folder.")],
     history: Annotated[
-        str | None, typer.Option(help="ID[@TIME],ID[@TIME],... with the data set's own ids, oldest first, times in seconds.")
+        str | None,
+        typer.Option(help="ID[@TIME],ID[@TIME],... with the data set's own ids, oldest first, times in seconds."),
     ] = None,
     users: Annotated[
         Path | None,
@@ -158,7 +172,9 @@ def recommend(
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(help="Checkpoint folder, .safetensors file, or Meta's research checkpoint (.pt).")],
+    source: Annotated[
+        Path, typer.Argument(help="Checkpoint folder, .safetensors file, or Meta's research checkpoint (.pt).")
+    ],
     target: Annotated[Path, typer.Argument(help="Folder for a checkpoint, *.safetensors, or *.pt under Meta's names.")],
     config: Annotated[str, typer.Option(help="Configuration with the model's shape and the data set.")],
     set_: SetOption = None,
@@ -236,17 +252,25 @@ def doctor(as_json: JsonOption = False) -> None:
     }
 
     def show(console: Console) -> None:
-        devices = Table("device", "usable", "what", title=f"device.backend: auto takes {device.name}", title_justify="left")
+        devices = Table(
+            "device", "usable", "what", title=f"device.backend: auto takes {device.name}", title_justify="left"
+        )
         for name, entry in report["devices"].items():
             usable = bool(entry["available"])
-            devices.add_row(name, "yes" if usable else "no", str(entry.get("name", "")) if usable else str(entry["reason"]))
+            devices.add_row(
+                name, "yes" if usable else "no", str(entry.get("name", "")) if usable else str(entry["reason"])
+            )
         console.print(devices)
-        table = Table("operator", "backends, the fastest first", title=f"operators on {device.name}", title_justify="left")
+        table = Table(
+            "operator", "backends, the fastest first", title=f"operators on {device.name}", title_justify="left"
+        )
         for name, backends in operators.items():
             table.add_row(name, "\n".join(b if reason is None else f"{b}: {reason}" for b, reason in backends.items()))
         console.print(table)
         for title in ("versions", "environment"):
-            console.print(f"{title}: " + (", ".join(f"{k} {v}" for k, v in report[title].items() if v) or "nothing set"))
+            console.print(
+                f"{title}: " + (", ".join(f"{k} {v}" for k, v in report[title].items() if v) or "nothing set")
+            )
         console.print(f"compiler: {report['compiler'] or 'none found'}")
 
     _emit(as_json, document, show)

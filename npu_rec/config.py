@@ -39,7 +39,8 @@ class DeviceConfig(Section):
         "auto", description="`auto` takes ascend, then cuda, then cpu. A named device that is absent is an error."
     )
     threads: Positive | None = Field(
-        None, description="CPU threads of one process. Unset: PyTorch's choice. Results are bit-equal for equal threads."
+        None,
+        description="CPU threads of one process. Unset: PyTorch's choice. Results are bit-equal for equal threads.",
     )
 
 
@@ -111,14 +112,20 @@ class TrainConfig(Section):
     clip_norm: float | None = Field(None, gt=0, description="Clip the global gradient norm to this value.")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="`bf16` runs the model under autocast.")
     recompute: bool = Field(False, description="Recompute the blocks' activations in the backward pass.")
-    nan: Literal["stop", "skip"] = Field("stop", description="A loss or gradient that is not finite: stop, or skip the step.")
+    nan: Literal["stop", "skip"] = Field(
+        "stop", description="A loss or gradient that is not finite: stop, or skip the step."
+    )
     seed: int = Field(42, ge=0, lt=2**63, description="Every random draw derives from it.")
     checkpoint_every: NonNegative = Field(0, description="Optimiser steps between checkpoints; 0: one an epoch.")
     keep_checkpoints: Positive = Field(2, description="Newest checkpoints kept, besides the best one.")
-    early_stop: Positive | None = Field(None, description="Stop after this many validations without a better `eval.select`.")
+    early_stop: Positive | None = Field(
+        None, description="Stop after this many validations without a better `eval.select`."
+    )
     init_from: Path | None = Field(None, description="Checkpoint or .safetensors file whose weights start the run.")
     log_every: Positive = Field(10, description="Optimiser steps between two train lines of metrics.jsonl.")
-    profile: NonNegative = Field(0, description="Write a torch.profiler trace of this many steps, after three warm-up steps.")
+    profile: NonNegative = Field(
+        0, description="Write a torch.profiler trace of this many steps, after three warm-up steps."
+    )
 
 
 class EvalConfig(Section):
@@ -126,15 +133,17 @@ class EvalConfig(Section):
 
     protocol: Literal["holdout", "meta"] = Field(
         "holdout",
-        description="`holdout`: the event before the last is for validation, the best epoch on it is tested once on the "
-        "last. `meta`: no validation, the last epoch is tested on the last event.",
+        description="`holdout`: the event before the last is for validation, the best epoch on it is tested once on "
+        "the last. `meta`: no validation, the last epoch is tested on the last event.",
     )
     metrics: list[str] = Field(
         [*(f"hr@{k}" for k in (1, 10, 50, 200, 500)), *(f"ndcg@{k}" for k in (10, 50, 200)), "mrr"],
         min_length=1,
         description="Metrics, `name` or `name@k`.",
     )
-    select: str = Field("ndcg@10", description="The metric that chooses the best epoch and stops early (higher is better).")
+    select: str = Field(
+        "ndcg@10", description="The metric that chooses the best epoch and stops early (higher is better)."
+    )
     every: Positive = Field(1, description="Epochs between two evaluations.")
     batch_size: Positive = Field(256, description="Sequences of an evaluation batch.")
     remove: Literal["history", "input", "none"] = Field(
@@ -156,7 +165,9 @@ class OpsConfig(Section):
 class Config(Section):
     """One run."""
 
-    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run and of its folder in `runs/`.")
+    name: str = Field(
+        "run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run and of its folder in `runs/`."
+    )
     imports: list[str] = Field([], description="Python modules imported first; they register extensions.")
     device: DeviceConfig = Field(default_factory=DeviceConfig)
     data: DataConfig = Field(default_factory=DataConfig)
@@ -175,6 +186,9 @@ class Config(Section):
         if self.eval.protocol == "meta" and self.train.early_stop:
             raise ValueError("train.early_stop needs a validation split, which eval.protocol `meta` does not have")
         return self
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Config) and self.model_dump() == other.model_dump()  # wherever the keys came from
 
     @property
     def origins(self) -> Origins:
@@ -236,20 +250,22 @@ def validate(model: type[SectionT], raw: Any, origins: Origins, prefix: Path_ = 
 
 
 def _suggest(model: type[BaseModel], location: list[str], prefix: Path_) -> str:
-    """The nearest valid key for an unknown one, searched in its own section, then everywhere."""
+    """The nearest valid key for an unknown one: of that name elsewhere, in its own section, then everywhere."""
     section: Any = model
     for part in location[:-1]:
         section = section.model_fields[part].annotation
-    wrong = location[-1]
-    near = difflib.get_close_matches(wrong, list(section.model_fields), n=1, cutoff=0.5)
-    if near:
-        return f"; did you mean `{'.'.join((*prefix, *location[:-1], near[0]))}`?"
-    everywhere = {key[-1]: key for key in _all_keys(model)}
-    near = difflib.get_close_matches(wrong, list(everywhere), n=1, cutoff=0.6)
-    if near:
-        return f"; did you mean `{'.'.join((*prefix, *everywhere[near[0]]))}`?"
+    wrong, everywhere = location[-1], _all_keys(model)
+    own = difflib.get_close_matches(wrong, list(section.model_fields), n=1, cutoff=0.5)
+    other = difflib.get_close_matches(wrong, [key[-1] for key in everywhere], n=1, cutoff=0.6)
+    keys = (
+        [key for key in everywhere if key[-1] == wrong]
+        or [(*location[:-1], name) for name in own]
+        or [key for key in everywhere if key[-1] in other]
+    )
+    if keys:
+        return f"; did you mean {' or '.join('`' + '.'.join((*prefix, *key)) + '`' for key in keys)}?"
     here = ".".join((*prefix, *location[:-1])) or "the top level"
-    return f"; {here} has {', '.join(section.model_fields)}"
+    return f"; {here} has {', '.join(section.model_fields) or 'no keys'}"
 
 
 def _all_keys(model: type[BaseModel]) -> list[Path_]:
@@ -283,17 +299,22 @@ def _read(path: Path, origins: Origins, seen: tuple[Path, ...]) -> dict[str, Any
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        raise ConfigError(f"{shown}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
+        problem = " ".join(str(getattr(error, "problem", error)).split())
+        raise ConfigError(f"{shown}{line}: not valid YAML: {problem}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{shown}: cannot be read: {error}") from None
     own = {} if own is None else own
     if not isinstance(own, dict):
         raise ConfigError(f"{shown}: expected a mapping of keys, found {type(own).__name__}")
-    base = own.pop("base", None)
+    base = _expand(own.pop("base", None), shown)
     merged: dict[str, Any] = {}
     if base is not None:
         parent = path.parent / str(base)
-        merged = _read(parent if parent.is_file() else find_config(str(base)), origins, (*seen, path))
+        try:
+            parent = parent if parent.is_file() else find_config(str(base))
+        except ConfigError as error:
+            raise ConfigError(f"{shown}: base: {error}") from None
+        merged = _read(parent, origins, (*seen, path))
     _merge(merged, _expand(own, shown), origins, shown, ())
     origins[()] = shown
     return merged
@@ -303,7 +324,9 @@ def _merge(into: dict[str, Any], new: dict[Any, Any], origins: Origins, origin: 
     for name, value in new.items():
         key = (*prefix, str(name))
         origins[key] = origin
-        if isinstance(value, dict) and isinstance(into.get(str(name)), dict):
+        if isinstance(value, dict):
+            below = into.get(str(name))
+            into[str(name)] = below if isinstance(below, dict) else {}
             _merge(into[str(name)], value, origins, origin, key)
         else:
             into[str(name)] = value

@@ -1,8 +1,12 @@
-"""Errors that a person caused and a person can mend: shown as one line, exit code 2."""
+"""Errors that the command line shows as one line: of the user (exit code 2), of a run (1)."""
 
 
 class UserError(Exception):
     """Bad usage, configuration or data. The message says what is wrong, where, and what to do."""
+
+
+class TrainingError(Exception):
+    """Training cannot go on: shown as one line, exit code 1."""
 
 
 class ConfigError(UserError):

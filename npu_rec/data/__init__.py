@@ -4,6 +4,7 @@ Importing this package registers the built-in recipes.
 """
 
 from npu_rec.data import recipes as recipes
+from npu_rec.data.download import Log
 from npu_rec.data.kinds import Choice, Feature, HalfStars, Id, Integer, Kind, Problem, RawId, Seconds, Text
 from npu_rec.data.prepare import data_dir, prepare
 from npu_rec.data.recipe import RawData, Recipe
@@ -21,6 +22,7 @@ __all__ = [
     "Id",
     "Integer",
     "Kind",
+    "Log",
     "Problem",
     "RawData",
     "RawId",

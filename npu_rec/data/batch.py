@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -38,5 +38,5 @@ class JaggedBatch:
 
     def to(self, device: torch.device) -> JaggedBatch:
         """The same batch on a device."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return JaggedBatch(**{k: v if v is None else v.to(device, non_blocking=True) for k, v in values.items()})
+        given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in given.items()})

@@ -70,7 +70,9 @@ def convert(recipe: Recipe, data: RawData, rows: Rows, drop_duplicates: bool, fo
         chunks = _checked(data.events, data, rows, duplicates, totals)
     shards, columns = _write_sequences(chunks, data.in_order, totals, folder)
     if not totals.events:
-        raise DataError(f"{data.events_file}: no events{' left after filtering' if totals.read else ''}")
+        lost = rows.dropped.get(data.events_file)
+        reason = " left after filtering" if totals.read else f" left; {lost}" if lost else ""
+        raise DataError(f"{data.events_file}: no events{reason}")
     items = _items(data, raw_items, totals.item_events)
     _write(items, folder / "items.arrow")
     if data.users is not None:
@@ -168,7 +170,9 @@ def _items(data: RawData, raw_items: pl.Series | None, events: np.ndarray) -> pa
     counts[: len(events)] = events
     if "title" not in frame.columns:
         frame = frame.with_columns(pl.lit(None, pl.String).alias("title"))
-    frame = frame.with_columns(pl.Series("events", counts[frame["item_id"].to_numpy()]))
+    frame = frame.with_columns(
+        pl.col("title").cast(pl.String), pl.Series("events", counts[frame["item_id"].to_numpy()])
+    )
     known = ["item_id", "raw_id", "title", "events"]
     return _plain(frame.select([*known, *(name for name in frame.columns if name not in known)]))
 

@@ -7,6 +7,7 @@ So any position is reached at once, nothing has to be replayed on resume.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -34,7 +35,6 @@ class TrainLoader:
     def batches(self, epoch: int) -> list[np.ndarray]:
         """The global batches of an epoch: rows of the split, in the order of training."""
         keys = random_key(self.seed, "shuffle", epoch, torch.from_numpy(self.split.sequences))
-        assert isinstance(keys, torch.Tensor)
         order = np.argsort(keys.numpy(), kind="stable")
         tokens = np.concatenate([[0], np.cumsum(self.split.lengths[order])])
         cuts = [0]
@@ -44,7 +44,7 @@ class TrainLoader:
                 fits = int(np.searchsorted(tokens, tokens[cuts[-1]] + self.batch_tokens, side="right")) - 1
                 stop = min(stop, max(fits, cuts[-1] + 1))
             cuts.append(min(stop, len(order)))
-        return [order[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
+        return [order[a:b] for a, b in pairwise(cuts)]
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[JaggedBatch]:
         """This rank's batches of an epoch from batch `start` on."""

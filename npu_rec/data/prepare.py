@@ -16,8 +16,9 @@ from typing import Any
 
 from npu_rec.config import DataConfig, validate
 from npu_rec.data.convert import convert
+from npu_rec.data.download import Log
 from npu_rec.data.manifest import FORMAT, seal, verify
-from npu_rec.data.recipe import Log, Recipe
+from npu_rec.data.recipe import Recipe
 from npu_rec.data.rows import Rows
 from npu_rec.data.sources import existing, is_archive, unpack
 from npu_rec.errors import ConfigError, DataError
@@ -31,9 +32,9 @@ def _to_stderr(line: str) -> None:
 def prepare(config: DataConfig, *, refresh: bool = False, log: Log = _to_stderr) -> Path:
     """The prepared data set of a configuration; made if it is missing, damaged or out of date.
 
-    It is out of date when the recipe's name or options, `on_bad_row`, `duplicates`, the format, or the source
-    (path, size or time of change of its files) differ. Several processes may prepare the same data at once: each
-    writes a folder of its own and the first to rename it wins.
+    It is out of date when the recipe's name or options, `on_bad_row`, `duplicates`, the format, or the source (path,
+    size or time of change of its files) differ; a change of a recipe's code is not noticed. Several processes may
+    prepare the same data at once: each writes a folder of its own and the first to rename it wins.
 
     Args:
         config: the section `data`.
@@ -52,18 +53,18 @@ def prepare(config: DataConfig, *, refresh: bool = False, log: Log = _to_stderr)
     recipe: Recipe = entry.target(options)
     if recipe.generated and config.source is not None:
         raise ConfigError(f"data.source: {config.name} is made up, it reads no source")
-    source = None if config.source is None else existing(config.source.expanduser())
-    settings = {
-        "format": FORMAT,
-        "recipe": config.name,
-        "options": options.model_dump(mode="json"),
-        "on_bad_row": config.on_bad_row,
-        "duplicates": config.duplicates,
-        "source": _describe_source(recipe, source),
-    }
-    fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-    target = data_dir(config) / f"{config.name}-{fingerprint}"
     try:
+        source = None if config.source is None else existing(config.source.expanduser())
+        settings = {
+            "format": FORMAT,
+            "recipe": config.name,
+            "options": options.model_dump(mode="json"),
+            "on_bad_row": config.on_bad_row,
+            "duplicates": config.duplicates,
+            "source": _describe_source(recipe, source),
+        }
+        fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+        target = data_dir(config) / f"{config.name}-{fingerprint}"
         if target.exists() and not refresh:
             try:
                 verify(target)
@@ -162,5 +163,7 @@ def _publish(result: Path, target: Path, outdated: int | None) -> None:
     try:
         os.rename(result, target)
     except OSError:
+        if not target.exists():
+            raise
         verify(target)  # another process was faster; its data is the same
     shutil.rmtree(old, ignore_errors=True)

@@ -15,17 +15,16 @@ then `data.name: my-shop` and `data.source` with the folder of sales.csv.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import polars as pl
 
+from npu_rec.data.download import Log
 from npu_rec.data.rows import Rows
 from npu_rec.errors import DataError
-
-Log = Callable[[str], None]
 
 
 @dataclass

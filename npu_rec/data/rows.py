@@ -14,19 +14,18 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from npu_rec.data.download import Log
 from npu_rec.data.kinds import Kind, Seconds
 from npu_rec.data.textio import FileEnd, TextFormat, open_text
 from npu_rec.errors import DataError
 
 _PARQUET_ROWS = 1_000_000
 
-Log = Callable[[str], None]
-
 ROW = "_row"
 """Column that carries the 1-based line number (in Parquet: row number) a row came from."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Column:
     """A wanted column: its name in the result, what it holds, and its name in the file where that differs."""
 
@@ -50,6 +49,9 @@ class Dropped:
 
     rows: int
     first: str  # what was wrong with the first of them
+
+    def __str__(self) -> str:
+        return f"{self.rows} malformed rows dropped, the first: {self.first}"
 
 
 class _Finding(NamedTuple):
@@ -136,7 +138,7 @@ class Rows:
     def report(self) -> None:
         """Log a line for every file that lost rows."""
         for file, lost in self.dropped.items():
-            self.log(f"{file}: {lost.rows} malformed rows dropped, the first: {lost.first}")
+            self.log(f"{file}: {lost}")
 
     def _convert(
         self, file: str, rows: pl.Series, raw: dict[Column, pl.Series], findings: list[_Finding]

@@ -35,7 +35,8 @@ class Split:
     @property
     def lengths(self) -> np.ndarray:
         """Tokens the model reads of each sequence, `[S]`: the events of the window but the last."""
-        return self.stops - self.starts - 1
+        lengths: np.ndarray = self.stops - self.starts - 1
+        return lengths
 
     def batch(self, rows: np.ndarray, remove: Literal["history", "input", "none"] | None = None) -> JaggedBatch:
         """The batch of some rows of the split.
@@ -46,11 +47,11 @@ class Split:
         """
         sequences, starts, stops = self.sequences[rows], self.starts[rows], self.stops[rows]
         events = self.store.gather(sequences, starts, stops)
-        ends = np.cumsum(stops - starts)
+        ends = np.cumsum(stops - starts)  # of windows of two events at least
         first = np.ones(len(events.item_ids), dtype=bool)
-        first[np.concatenate([[0], ends[:-1]])[stops > starts]] = False
+        first[ends - (stops - starts)] = False
         last = np.ones(len(events.item_ids), dtype=bool)
-        last[ends[stops > starts] - 1] = False
+        last[ends - 1] = False
         columns = {"item_ids": events.item_ids[last], "next_ids": events.item_ids[first]}
         if events.times is not None:
             columns |= {"times": events.times[last], "next_times": events.times[first]}

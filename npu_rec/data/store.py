@@ -143,7 +143,7 @@ class _Shard:
             raise DataError(f"{path}: not a readable shard ({error}); prepare the data again") from None
         self.users: pa.Array = batch.column("user")
         self.starts: Int64Array = batch.column("item_ids").offsets.to_numpy()  # [sequences + 1]
-        self.item_ids = _values(batch, "item_ids")
+        self.item_ids: Int64Array = batch.column("item_ids").values.to_numpy(zero_copy_only=True)
         self.times = _values(batch, "times")
         self.actions = _values(batch, "actions")
 

@@ -88,16 +88,18 @@ def open_text(path: Path, shown: str, layout: TextFormat) -> TextTable:
     if end == 0:
         raise DataError(f"{shown}: the file is empty")
     if layout.quoted and _contains_quote(path):
-        records = _quoted_records(path, shown, layout)
+        for _ in _pieces(path, shown, layout.encoding, end):
+            pass  # decoded once before, since the csv module cannot say where a byte is wrong
+        records = _quoted_records(path, layout)
         names = list(layout.names) or [layout.clean_name(name) for name in _header(records, shown)]
         return TextTable(names, _quoted_blocks(records, len(names)), cut)
     pieces = _pieces(path, shown, layout.encoding, end)
     names = list(layout.names)
     if not names:
         first, text = next(pieces)
-        line, _, rest = text.partition("\n")
+        line, line_end, rest = text.partition("\n")
         names = [layout.clean_name(name) for name in line.rstrip("\r").split(layout.separator)]
-        pieces = chain([(first + 1, rest)] if rest else [], pieces)
+        pieces = chain([(first + 1, rest)] if line_end else [], pieces)
     return TextTable(names, (_split(row, text, layout.separator, len(names)) for row, text in pieces), cut)
 
 
@@ -164,9 +166,10 @@ def _split(row: int, text: str, separator: str, count: int) -> Block:
 _Record = tuple[int, list[str], str]  # line number, fields, what is wrong
 
 
-def _quoted_records(path: Path, shown: str, layout: TextFormat) -> Iterator[_Record]:
+def _quoted_records(path: Path, layout: TextFormat) -> Iterator[_Record]:
     """Records of the csv module; blank lines at the end left out."""
-    with path.open(encoding=layout.encoding, newline="") as file:
+    encoding = "utf-8-sig" if layout.encoding == "utf-8" else layout.encoding
+    with path.open(encoding=encoding, newline="") as file:
         reader = csv.reader(file, delimiter=layout.separator, strict=True)
         blank: list[int] = []
         while True:
@@ -177,8 +180,6 @@ def _quoted_records(path: Path, shown: str, layout: TextFormat) -> Iterator[_Rec
                 return
             except csv.Error as error:
                 note = f"cannot be read as CSV: {error}"
-            except UnicodeDecodeError as error:
-                raise DataError(f"{shown}: near row {row}: the file is not {layout.encoding} text: {error}") from None
             if not fields and not note:
                 blank.append(row)
                 continue
@@ -191,7 +192,7 @@ def _header(records: Iterator[_Record], shown: str) -> list[str]:
     _, fields, note = next(records)
     if note:
         raise DataError(f"{shown}: row 1: {note}")
-    return [fields[0].removeprefix("\ufeff"), *fields[1:]]
+    return fields
 
 
 def _quoted_blocks(records: Iterator[_Record], count: int) -> Iterator[Block]:

@@ -20,7 +20,9 @@ class EmbeddingTable(nn.Module):
     table that grows, or is cut over ranks, starts the same (design 3.6).
     """
 
-    def __init__(self, name: str, num_rows: int, dim: int, *, seed: int, std: float = 0.02, backend: str = "auto") -> None:
+    def __init__(
+        self, name: str, num_rows: int, dim: int, *, seed: int, std: float = 0.02, backend: str = "auto"
+    ) -> None:
         super().__init__()
         self.name, self.seed, self.std, self.backend = name, seed, std, backend
         self.weight = nn.Parameter(torch.empty(num_rows, dim))
@@ -32,7 +34,6 @@ class EmbeddingTable(nn.Module):
         table = zlib.crc32(self.name.encode())
         for ids in torch.arange(self.weight.shape[0]).split(_ROWS_AT_ONCE):
             keys = random_key(self.seed, "rows", table, ids)
-            assert isinstance(keys, Tensor)
             rows = random_truncated_normal(keys, self.weight.shape[1], self.std)
             self.weight[ids[0] : ids[-1] + 1] = rows.to(self.weight)
 

@@ -14,7 +14,7 @@ from npu_rec.registry import lookup, register
 
 
 def ranks_of(scores: Tensor, targets: Tensor) -> Tensor:
-    """Rank, from 1, of each row's target; of equal scores the smaller column comes first.
+    """Rank, from 1, of each row's target; of equal scores the smaller column comes first. A NaN never wins.
 
     Args:
         scores: `[B, C]`; items out of the ranking hold -inf.
@@ -22,8 +22,8 @@ def ranks_of(scores: Tensor, targets: Tensor) -> Tensor:
     """
     own = scores.gather(1, targets.unsqueeze(1))
     columns = torch.arange(scores.shape[1], device=scores.device)
-    ahead = (scores > own) | ((scores == own) & (columns < targets.unsqueeze(1)))
-    return ahead.sum(1) + 1
+    not_ahead = (scores < own) | ((scores == own) & (columns >= targets.unsqueeze(1)))  # itself too, but for a NaN
+    return (~not_ahead).sum(1) + 1
 
 
 def compute_metrics(ranks: Tensor, names: list[str]) -> dict[str, float]:
@@ -35,7 +35,7 @@ def compute_metrics(ranks: Tensor, names: list[str]) -> dict[str, float]:
     values = {}
     for name in names:
         base, at, k = name.partition("@")
-        if at and not (k.isdigit() and int(k) > 0):
+        if at and not (k.isdecimal() and int(k) > 0):
             raise ConfigError(f"eval.metrics: {name!r}: expected name@k with a positive k")
         values[name] = float(lookup("metric", base).target(ranks, int(k) if at else None))
     return values

@@ -29,7 +29,9 @@ class SequenceEncoder(nn.Module):
         self.max_seq_len = config.max_seq_len + config.max_output_len
         self.input_dropout = config.input_dropout
         self.scale = config.embedding_dim**0.5
-        self.items = EmbeddingTable("items", num_items + 1, config.embedding_dim, seed=seed, backend=ops.embedding_lookup)
+        self.items = EmbeddingTable(
+            "items", num_items + 1, config.embedding_dim, seed=seed, backend=ops.embedding_lookup
+        )
         self.positions: nn.Parameter | None = None
         if backbone.learned_positions:
             self.positions = nn.Parameter(torch.empty(self.max_seq_len, config.embedding_dim))
@@ -58,7 +60,8 @@ class SequenceEncoder(nn.Module):
             x = x + self.positions[position_of_token(offsets, item_ids.shape[0])]
         x = dropout(x, self.input_dropout, layout.keys_for(INPUT_DROPOUT))
         x = x * (item_ids != 0).unsqueeze(1)
-        return self.backbone(x, layout)
+        hidden: Tensor = self.backbone(x, layout)
+        return hidden
 
     def encode(
         self, item_ids: Tensor, offsets: Tensor, times: Tensor | None = None, next_times: Tensor | None = None
@@ -69,4 +72,5 @@ class SequenceEncoder(nn.Module):
 
 def unit(x: Tensor) -> Tensor:
     """`x [..., D]` over its length, at least 1e-6."""
-    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-6)
+    length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / length.clamp_min(1e-6)

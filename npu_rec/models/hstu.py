@@ -25,7 +25,6 @@ from npu_rec.config import ModelConfig, OpsConfig, Section
 from npu_rec.models.backbone import Backbone, Layout
 from npu_rec.models.meta_weights import load_meta_state_dict as load_meta_state_dict
 from npu_rec.ops import RelativeBias, hstu_attention, norm_gate
-from npu_rec.ops.jagged import offsets_to_lengths
 from npu_rec.ops.random import dropout
 from npu_rec.registry import register
 
@@ -81,9 +80,9 @@ class HSTULayer(nn.Module):
         projected = self.uvqk(self.input_norm(x))
         u, v, q, k = torch.split(projected if self.production else silu(projected), self.widths, dim=1)
         attended = hstu_attention(
-            q.unflatten(1, (self.heads, self.attention_dim)),
-            k.unflatten(1, (self.heads, self.attention_dim)),
-            v.unflatten(1, (self.heads, self.linear_dim)),
+            q.view(-1, self.heads, self.attention_dim),
+            k.view(-1, self.heads, self.attention_dim),
+            v.view(-1, self.heads, self.linear_dim),
             layout.offsets,
             max_seq_len=layout.max_seq_len,
             alpha=self.attention_dim**-0.5 if self.production else 1.0,
@@ -96,10 +95,9 @@ class HSTULayer(nn.Module):
             u, normalised = silu(u), self.output_norm(attended)
             gated = dropout(torch.cat([u, normalised, u * normalised], 1), self.dropout, keys)
         else:
-            gated = norm_gate(
-                attended, u, eps=EPS, dropout=self.dropout, dropout_keys=keys, backend=self.ops.norm_gate
-            )
-        return self.output(gated) + x
+            gated = norm_gate(attended, u, eps=EPS, dropout=self.dropout, dropout_keys=keys, backend=self.ops.norm_gate)
+        y: Tensor = self.output(gated) + x
+        return y
 
     def _bias(self, layout: Layout) -> RelativeBias | None:
         if self.position_weight is None:
@@ -148,7 +146,11 @@ class HSTU(Backbone):
         if self.input_times is not None:
             x = self.input_times(x, layout)
         for layer in self.layers:
-            x = checkpoint(layer, x, layout, use_reentrant=False) if self.recompute and self.training else layer(x, layout)
+            x = (
+                checkpoint(layer, x, layout, use_reentrant=False)
+                if self.recompute and self.training
+                else layer(x, layout)
+            )
         return x
 
     def flops(self, lengths: Tensor) -> float:

@@ -50,7 +50,9 @@ def load_meta_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) -> 
         if name in given:
             shape = given[name].T.shape if transposed else given[name].shape
             if shape != own[here].shape:
-                problems.append(f"{name} has {list(given[name].shape)}, the model wants {list(own[here].shape)} as {here}")
+                problems.append(
+                    f"{name} has {list(given[name].shape)}, the model wants {list(own[here].shape)} as {here}"
+                )
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise CheckpointError(f"Meta state dict does not fit: {'; '.join(problems[:5])}{more}")

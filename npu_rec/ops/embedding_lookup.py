@@ -53,7 +53,7 @@ def embedding_lookup(table: Tensor, ids: Tensor, *, backend: str = "auto") -> Te
 @torch.library.custom_op("npu_rec::embedding_lookup", mutates_args=())
 def _forward(table: Tensor, ids: Tensor, backend: str) -> Tensor:
     request = EmbeddingLookupRequest(table, ids)
-    return EMBEDDING_LOOKUP.select(request, backend).forward(request)  # type: ignore[no-any-return]
+    return EMBEDDING_LOOKUP.forward(request, backend, table.device)  # type: ignore[no-any-return]
 
 
 @_forward.register_fake
@@ -64,7 +64,7 @@ def _(table: Tensor, ids: Tensor, backend: str) -> Tensor:
 @torch.library.custom_op("npu_rec::embedding_lookup_backward", mutates_args=())
 def _backward(grad: Tensor, table: Tensor, ids: Tensor, backend: str) -> Tensor:
     request = EmbeddingLookupRequest(table, ids)
-    return EMBEDDING_LOOKUP.select(request, backend).backward(request, grad)[0]  # type: ignore[no-any-return]
+    return EMBEDDING_LOOKUP.backward(request, backend, table.device, grad)[0]  # type: ignore[no-any-return]
 
 
 @_backward.register_fake

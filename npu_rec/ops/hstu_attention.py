@@ -63,7 +63,9 @@ def hstu_attention(
     """
     total = q.shape[0]
     if q.dim() != 3 or k.shape != q.shape or v.dim() != 3 or v.shape[:2] != q.shape[:2]:
-        raise ValueError(f"q, k, v must be [T, H, Dqk], [T, H, Dqk], [T, H, Dv]; got {[list(x.shape) for x in (q, k, v)]}")
+        raise ValueError(
+            f"q, k, v must be [T, H, Dqk], [T, H, Dqk], [T, H, Dv]; got {[list(x.shape) for x in (q, k, v)]}"
+        )
     if offsets.dim() != 1 or offsets.shape[0] < 1 or offsets.dtype != torch.int64:
         raise ValueError(f"offsets must be [B + 1] int64, got {list(offsets.shape)} {offsets.dtype}")
     if num_targets is not None and num_targets.shape != (offsets.shape[0] - 1,):
@@ -71,7 +73,7 @@ def hstu_attention(
     MaskRule(causal, contextual_seq_len, max_attn_len, min_full_attn_seq_len)
     if bias is not None:
         bias.check(total, max_seq_len)
-    return torch.ops.npu_rec.hstu_attention(
+    out: Tensor = torch.ops.npu_rec.hstu_attention(
         q,
         k,
         v,
@@ -90,6 +92,7 @@ def hstu_attention(
         min_full_attn_seq_len,
         backend,
     )
+    return out
 
 
 @torch.library.custom_op("npu_rec::hstu_attention", mutates_args=())
@@ -118,7 +121,8 @@ def _forward(
         max_seq_len, alpha, divisor, rule,
     )  # fmt: skip
     request.check()
-    return HSTU_ATTENTION.select(request, backend).forward(request)
+    out: Tensor = HSTU_ATTENTION.forward(request, backend, q.device)
+    return out
 
 
 @_forward.register_fake
@@ -152,9 +156,15 @@ def _backward(
         q, k, v, offsets, num_targets, position_weight, time_weight, query_time, key_time,
         max_seq_len, alpha, divisor, rule,
     )  # fmt: skip
-    dq, dk, dv, d_position, d_time = HSTU_ATTENTION.select(request, backend).backward(request, grad)
+    dq, dk, dv, d_position, d_time = HSTU_ATTENTION.backward(request, backend, q.device, grad)
     # an operator's schema has no optional results: an absent weight has a gradient of no elements
-    return dq, dk, dv, q.new_empty(0) if d_position is None else d_position, q.new_empty(0) if d_time is None else d_time
+    return (
+        dq,
+        dk,
+        dv,
+        q.new_empty(0) if d_position is None else d_position,
+        q.new_empty(0) if d_time is None else d_time,
+    )
 
 
 @_backward.register_fake

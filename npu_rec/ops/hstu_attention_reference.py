@@ -14,7 +14,12 @@ from npu_rec.ops.time_buckets import time_bucket_reference
 
 
 def attention(
-    request: HSTUAttentionRequest, q: Tensor, k: Tensor, v: Tensor, position_weight: Tensor | None, time_weight: Tensor | None
+    request: HSTUAttentionRequest,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    position_weight: Tensor | None,
+    time_weight: Tensor | None,
 ) -> Tensor:
     """The operator for given q, k, v and weights, everything else from `request`; `[T, H, Dv]`."""
     if q.shape[0] == 0:
@@ -37,7 +42,8 @@ def attention(
         distance = torch.where(mask, key_id - query_id, 0)
         scores = scores + position_weight.to(dtype)[request.max_seq_len - 1 + distance].unsqueeze(1)
     if time_weight is not None:
-        assert request.query_time is not None and request.key_time is not None
+        assert request.query_time is not None
+        assert request.key_time is not None
         delta = pad(request.query_time)[:, :, None] - pad(request.key_time)[:, None, :]
         buckets = time_bucket_reference(delta, time_weight.shape[0] - 1)
         scores = scores + time_weight.to(dtype)[buckets].unsqueeze(1)

@@ -94,7 +94,11 @@ class _Work:
         if self.plain and (self.request.rule.min_full_attn_seq_len == 0 or self.request.rule.max_attn_len == 0):
             places = torch.arange(BLOCK, device=self.ids.device)
             return (places + tiles.diagonal * BLOCK)[None, :, None], places[None, None, :], places[:1, None, None]
-        return self.ids[tiles.query].unsqueeze(2), self.ids[tiles.key].unsqueeze(1), self.limits[tiles.query].unsqueeze(2)
+        return (
+            self.ids[tiles.query].unsqueeze(2),
+            self.ids[tiles.key].unsqueeze(1),
+            self.limits[tiles.query].unsqueeze(2),
+        )
 
     def mask(self, tiles: _Tiles) -> Tensor | None:
         """`[G or 1, 1, BLOCK, BLOCK]`, or None where all is allowed."""
@@ -200,7 +204,9 @@ def backward(request: HSTUAttentionRequest, grad: Tensor) -> tuple[Tensor | None
         rows(dq, request.q, request.alpha),
         rows(dk, request.k, request.alpha),
         rows(dv, request.v),
-        d_position if request.position_weight is None or d_position is None else d_position.to(request.position_weight.dtype),
+        d_position
+        if request.position_weight is None or d_position is None
+        else d_position.to(request.position_weight.dtype),
         d_time if request.time_weight is None or d_time is None else d_time.to(request.time_weight.dtype),
     )
 

@@ -30,7 +30,9 @@ class MaskRule:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
 
 
-def token_ids(offsets: Tensor, total: int, contextual_seq_len: int, num_targets: Tensor | None) -> tuple[Tensor, Tensor]:
+def token_ids(
+    offsets: Tensor, total: int, contextual_seq_len: int, num_targets: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Ids of the `total` = T tokens and the id of their sequence's targets.
 
     Returns:

@@ -31,21 +31,39 @@ class NormGateRequest:
         return NormGateRequest(x, x, None, None, keys, 1e-6, 0.1)
 
 
+def _computed(request: NormGateRequest) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """x, gate, weight, bias in float32 at least.
+
+    PyTorch's LayerNorm on a CPU sums the gradients of weight and bias in the dtype of x: in bfloat16,
+    half of the gradient is lost at 4,096 tokens.
+    """
+    dtype = torch.float64 if request.x.dtype == torch.float64 else torch.float32
+    weight = None if request.weight is None else request.weight.to(dtype)
+    bias = None if request.bias is None else request.bias.to(dtype)
+    return request.x.to(dtype), request.gate.to(dtype), weight, bias
+
+
 def _reference_forward(request: NormGateRequest) -> Tensor:
-    normalised = layer_norm(request.x, request.x.shape[-1:], request.weight, request.bias, request.eps)
-    return keyed_dropout(normalised * request.gate, request.dropout, request.dropout_keys)
+    x, gate, weight, bias = _computed(request)
+    normalised = layer_norm(x, x.shape[-1:], weight, bias, request.eps)
+    return keyed_dropout(normalised * gate, request.dropout, request.dropout_keys).to(request.x.dtype)
 
 
 def _reference_backward(request: NormGateRequest, grad: Tensor) -> tuple[Tensor | None, ...]:
     # not `backward_by_autograd`: torch.func fails inside a TorchDispatchMode such as FlopCounterMode
-    x, weight, bias, shape = request.x, request.weight, request.bias, request.x.shape[-1:]
-    normalised, mean, rstd = torch.native_layer_norm(x, shape, weight, bias, request.eps)
-    d_product = keyed_dropout(grad, request.dropout, request.dropout_keys)
+    x, gate, weight, bias = _computed(request)
+    normalised, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], weight, bias, request.eps)
+    d_product = keyed_dropout(grad.to(x.dtype), request.dropout, request.dropout_keys)
     wanted = [True, weight is not None, bias is not None]
     dx, d_weight, d_bias = torch.ops.aten.native_layer_norm_backward(
-        d_product * request.gate, x, shape, mean, rstd, weight, bias, wanted
+        d_product * gate, x, x.shape[-1:], mean, rstd, weight, bias, wanted
     )
-    return dx, d_product * normalised, d_weight, d_bias
+    return (
+        dx.to(request.x.dtype),
+        (d_product * normalised).to(request.gate.dtype),
+        None if request.weight is None else d_weight.to(request.weight.dtype),
+        None if request.bias is None else d_bias.to(request.bias.dtype),
+    )
 
 
 NORM_GATE = operator(
@@ -106,7 +124,7 @@ def _forward(
     backend: str,
 ) -> Tensor:
     request = NormGateRequest(x, gate, weight, bias, dropout_keys, eps, dropout)
-    return NORM_GATE.select(request, backend).forward(request)  # type: ignore[no-any-return]
+    return NORM_GATE.forward(request, backend, x.device)  # type: ignore[no-any-return]
 
 
 @_forward.register_fake
@@ -127,7 +145,7 @@ def _backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     request = NormGateRequest(x, gate, weight, bias, dropout_keys, eps, dropout)
-    dx, d_gate, d_weight, d_bias = NORM_GATE.select(request, backend).backward(request, grad)
+    dx, d_gate, d_weight, d_bias = NORM_GATE.backward(request, backend, x.device, grad)
     # an operator's schema has no optional results: an absent parameter has a gradient of no elements
     return dx, d_gate, x.new_empty(0) if d_weight is None else d_weight, x.new_empty(0) if d_bias is None else d_bias
 

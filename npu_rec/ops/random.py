@@ -40,20 +40,24 @@ def _mix64(z: Tensor) -> Tensor:
     return z ^ _shift64(z, 31)
 
 
-def random_key(seed: int, purpose: str, *parts: int | Tensor) -> int | Tensor:
-    """A 64-bit key from a seed, a purpose and any number of integers or int64 tensors that broadcast.
+def random_key(seed: int, purpose: str, *parts: int | Tensor) -> Tensor:
+    """64-bit keys from a seed, a purpose and integers or int64 tensors that broadcast, a tensor among them.
 
     Returns:
-        An int (signed 64-bit) when every part is an int, otherwise an int64 tensor.
+        int64 tensor of the broadcast shape.
     """
-    key: int | Tensor = _mix64_int(_mix64_int(seed + _GAMMA) + _PURPOSES[purpose] * _GAMMA)
+    state = _mix64_int(_mix64_int(seed + _GAMMA) + _PURPOSES[purpose] * _GAMMA)
+    keys: Tensor | None = None
     for part in parts:
-        if isinstance(key, int) and isinstance(part, int):
-            key = _mix64_int(key + (part + 1) * _GAMMA)
+        if keys is None and isinstance(part, int):
+            state = _mix64_int(state + (part + 1) * _GAMMA)
         else:
-            key = _signed(key, 64) if isinstance(key, int) else key
-            key = _mix64((part + 1) * _signed(_GAMMA, 64) + key)
-    return _signed(key, 64) if isinstance(key, int) else key
+            before = torch.tensor(_signed(state, 64)) if keys is None else keys
+            step = _signed((part + 1) * _GAMMA, 64) if isinstance(part, int) else (part + 1) * _signed(_GAMMA, 64)
+            keys = _mix64(before + step)
+    if keys is None:
+        raise TypeError("random_key needs a tensor among its parts")
+    return keys
 
 
 def _shift32(z: Tensor, bits: int) -> Tensor:
@@ -75,8 +79,9 @@ def random_bits(keys: Tensor, count: int) -> Tensor:
 
 
 def random_uniform(keys: Tensor, count: int) -> Tensor:
-    """`keys [...]` -> `[..., count]` float32 in (0, 1), on a grid of 2^-24."""
-    return ((random_bits(keys, count) >> 8) & 0xFFFFFF).to(torch.float32).add_(0.5).mul_(2.0**-24)
+    """`keys [...]` -> `[..., count]` float32 in (0, 1), odd multiples of 2^-24."""
+    # 23 bits: with one more, adding a half would round the largest up to 1
+    return ((random_bits(keys, count) >> 9) & 0x7FFFFF).to(torch.float32).add_(0.5).mul_(2.0**-23)
 
 
 def random_integers(keys: Tensor, count: int, high: int) -> Tensor:
@@ -91,7 +96,8 @@ def random_truncated_normal(keys: Tensor, count: int, std: float) -> Tensor:
     """`keys [...]` -> `[..., count]` float32, normal with deviation `std` cut at two deviations."""
     reach = 0.9544997361036416  # probability within two deviations
     uniform = random_uniform(keys, count)
-    return torch.erfinv((2.0 * uniform - 1.0) * reach) * (std * 2.0**0.5)
+    normal: Tensor = torch.erfinv((2.0 * uniform - 1.0) * reach) * (std * 2.0**0.5)
+    return normal
 
 
 def dropout_scale(keys: Tensor, count: int, probability: float) -> Tensor:

@@ -63,6 +63,18 @@ class Operator:
         reasons = "; ".join(f"{b.name}: {b.supports(request)}" for b in self.backends)
         raise BackendError(f"ops.{self.name}: no backend can run here: {reasons}")
 
+    def forward(self, request: Any, name: str, device: torch.device) -> Any:
+        """Run the chosen backend's forward."""
+        backend = self.select(request, name)
+        with torch.autocast(device.type, enabled=False):  # a backend decides on its precision itself
+            return backend.forward(request)
+
+    def backward(self, request: Any, name: str, device: torch.device, *arguments: Tensor) -> Any:
+        """Run the chosen backend's backward."""
+        backend = self.select(request, name)
+        with torch.autocast(device.type, enabled=False):
+            return backend.backward(request, *arguments)
+
     def find(self, name: str) -> Backend:
         """The backend of that name."""
         for backend in self.backends:
@@ -105,6 +117,6 @@ def backward_by_autograd(
         remaining = iter(leaves)
         return forward(*(None if x is None else next(remaining) for x in inputs))
 
-    _, pull_back = torch.func.vjp(of_given, *given)
+    pull_back = torch.func.vjp(of_given, *given)[1]
     grads = iter(pull_back(grad))
     return tuple(None if x is None else next(grads) for x in inputs)

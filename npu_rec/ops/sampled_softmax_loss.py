@@ -81,7 +81,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     request = SampledSoftmaxRequest(queries, rows, positives, negatives, log_q, temperature, mask_collisions)
     request.check()
-    return SAMPLED_SOFTMAX_LOSS.select(request, backend).forward(request)  # (loss [T], logsumexp [T])
+    loss, logsumexp = SAMPLED_SOFTMAX_LOSS.forward(request, backend, queries.device)
+    return loss, logsumexp
 
 
 @_forward.register_fake
@@ -104,7 +105,8 @@ def _backward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     request = SampledSoftmaxRequest(queries, rows, positives, negatives, log_q, temperature, mask_collisions)
-    return SAMPLED_SOFTMAX_LOSS.select(request, backend).backward(request, logsumexp, grad)
+    d_queries, d_rows = SAMPLED_SOFTMAX_LOSS.backward(request, backend, queries.device, logsumexp, grad)
+    return d_queries, d_rows
 
 
 @_backward.register_fake

@@ -30,7 +30,11 @@ class _Work:
     def logits(self, start: int) -> tuple[Tensor, Tensor]:
         """Of the chunk at `start`: the positives' `[t, 1]` and the negatives' `[t, R]`."""
         request, chunk = self.request, slice(start, start + self.step)
-        queries, positives, negatives = self.queries[chunk], request.positives[chunk].unsqueeze(1), request.negatives[chunk]
+        queries, positives, negatives = (
+            self.queries[chunk],
+            request.positives[chunk].unsqueeze(1),
+            request.negatives[chunk],
+        )
         if self.dense:
             everything = queries @ self.rows.T
             positive, negative = everything.gather(1, positives), everything.gather(1, negatives)
@@ -46,7 +50,7 @@ class _Work:
 
     def vectors(self, index: Tensor) -> Tensor:
         """Rows `[t, R, D]`."""
-        return self.rows.index_select(0, index.flatten()).view(*index.shape, -1)
+        return self.rows.index_select(0, index.flatten()).view(*index.shape, self.rows.shape[1])
 
 
 def forward(request: SampledSoftmaxRequest) -> tuple[Tensor, Tensor]:
@@ -57,7 +61,9 @@ def forward(request: SampledSoftmaxRequest) -> tuple[Tensor, Tensor]:
     logsumexp = torch.empty_like(loss)
     for start in range(0, total, work.step):
         positive, negative = work.logits(start)
-        normaliser = torch.logaddexp(negative.logsumexp(1), positive.squeeze(1)) if negative.shape[1] else positive.squeeze(1)
+        normaliser = (
+            torch.logaddexp(negative.logsumexp(1), positive.squeeze(1)) if negative.shape[1] else positive.squeeze(1)
+        )
         logsumexp[start : start + work.step] = normaliser
         loss[start : start + work.step] = normaliser - positive.squeeze(1)
     return loss, logsumexp
@@ -69,7 +75,11 @@ def backward(request: SampledSoftmaxRequest, logsumexp: Tensor, grad: Tensor) ->
     d_queries, d_rows = torch.empty_like(work.queries), torch.zeros_like(work.rows)
     for start in range(0, request.queries.shape[0], work.step):
         chunk = slice(start, start + work.step)
-        positives, negatives, queries = request.positives[chunk].unsqueeze(1), request.negatives[chunk], work.queries[chunk]
+        positives, negatives, queries = (
+            request.positives[chunk].unsqueeze(1),
+            request.negatives[chunk],
+            work.queries[chunk],
+        )
         positive, negative = work.logits(start)
         scale = (grad[chunk].to(work.dtype) / request.temperature).unsqueeze(1)
         normaliser = logsumexp[chunk].unsqueeze(1)

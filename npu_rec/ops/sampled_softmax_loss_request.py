@@ -24,7 +24,10 @@ class SampledSoftmaxRequest:
     def sample(device: torch.device) -> SampledSoftmaxRequest:
         """A small request: T = 4, R = 2, U = 8, D = 16."""
         queries, rows = torch.zeros(4, 16, device=device), torch.zeros(8, 16, device=device)
-        positives, negatives = torch.zeros(4, dtype=torch.int64, device=device), torch.ones(4, 2, dtype=torch.int64, device=device)
+        positives, negatives = (
+            torch.zeros(4, dtype=torch.int64, device=device),
+            torch.ones(4, 2, dtype=torch.int64, device=device),
+        )
         return SampledSoftmaxRequest(queries, rows, positives, negatives, None, 0.05, True)
 
     def check(self) -> None:

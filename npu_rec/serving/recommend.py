@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ class Recommender:
             if not history.items:
                 raise DataError(f"user {history.user}: an empty history; give at least one item")
             own = history.times if history.times is not None else [0] * len(history.items)
-            if any(a > b for a, b in zip(own, own[1:], strict=False)):
+            if any(a > b for a, b in pairwise(own)):
                 raise DataError(f"user {history.user}: times must not go back; give the oldest event first")
             request = history.at if history.at is not None else at
             if history.times is None:
@@ -119,17 +120,20 @@ class Recommender:
             lengths.append(min(len(ids), self.max_seq_len))
         if self.has_times and any(history.times is None for history in histories):
             log.warning("histories without times: all their events count as simultaneous")
-        as_tensor = {"dtype": torch.int64}
-        item_ids = torch.tensor(items, **as_tensor)
+
+        def tensor(values: list[int]) -> torch.Tensor:
+            return torch.tensor(values, dtype=torch.int64)
+
+        item_ids = tensor(items)
         return JaggedBatch(
             sequence_ids=torch.arange(len(histories)),
-            offsets=lengths_to_offsets(torch.tensor(lengths, **as_tensor)),
+            offsets=lengths_to_offsets(tensor(lengths)),
             item_ids=item_ids,
             next_ids=torch.zeros_like(item_ids),
-            times=torch.tensor(times, **as_tensor) if self.has_times else None,
-            next_times=torch.tensor(next_times, **as_tensor) if self.has_times else None,
-            removed=torch.tensor([i for ids in seen for i in ids], **as_tensor),
-            removed_offsets=lengths_to_offsets(torch.tensor([len(ids) for ids in seen], **as_tensor)),
+            times=tensor(times) if self.has_times else None,
+            next_times=tensor(next_times) if self.has_times else None,
+            removed=tensor([i for ids in seen for i in ids]),
+            removed_offsets=lengths_to_offsets(tensor([len(ids) for ids in seen])),
         )
 
 

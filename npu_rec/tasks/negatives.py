@@ -40,7 +40,11 @@ class NegativeSampler:
             return random_integers(keys, count, self.counts.shape[0])
         if self.strategy == "in_batch":
             distinct = torch.unique(in_batch)
-            return distinct[random_integers(keys, count, distinct.shape[0])] if len(distinct) else in_batch.new_zeros((0, count))
+            return (
+                distinct[random_integers(keys, count, distinct.shape[0])]
+                if len(distinct)
+                else in_batch.new_zeros((0, count))
+            )
         cumulative = self.cumulative.to(keys.device)
         return torch.searchsorted(cumulative, random_integers(keys, count, int(cumulative[-1])), right=True)
 

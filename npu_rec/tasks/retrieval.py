@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import pad, softplus
 
 from npu_rec.config import Config, Section
 from npu_rec.data.batch import JaggedBatch
@@ -40,6 +40,10 @@ class RetrievalOptions(Section):
 class Retrieval(Task):
     """User and item vectors of length 1; cosine similarity over a temperature."""
 
+    catalogue: Tensor  # [C] item ids, ascending
+    column_of_item: Tensor  # [num_items + 1] place in the catalogue, -1 outside it
+    log_q: Tensor | None  # [C]
+
     def __init__(self, config: Config, options: Any, facts: DataFacts) -> None:
         super().__init__(config, options, facts)
         self.options: RetrievalOptions = options
@@ -50,8 +54,8 @@ class Retrieval(Task):
         )
         if self.encoder.backbone.needs_times and not facts.has_times:
             raise ConfigError(
-                f"data.name: {config.data.name} has no times, but model.backbone {config.model.backbone} uses a time bias; "
-                "set model.options.bias to position"
+                f"data.name: {config.data.name} has no times, but model.backbone {config.model.backbone} uses a "
+                "time bias; set model.options.bias to position"
             )
         column = torch.full((facts.num_items + 1,), -1, dtype=torch.int64)
         column[facts.catalogue] = torch.arange(facts.catalogue.shape[0])
@@ -67,7 +71,6 @@ class Retrieval(Task):
         sequence_ids = batch.sequence_ids[sequences]
         dropout_keys = random_key(self.seed, "dropout", epoch, sequence_ids, positions) if self.training else None
         negative_keys = random_key(self.seed, "negatives", epoch, sequence_ids, positions)
-        assert isinstance(negative_keys, Tensor) and not isinstance(dropout_keys, int)
 
         hidden = self.encoder(batch.item_ids, batch.offsets, batch.times, batch.next_times, dropout_keys)
         positives = self.column_of_item[batch.next_ids]
@@ -136,7 +139,9 @@ class Retrieval(Task):
     def top_k(self, batch: JaggedBatch, k: int) -> tuple[Tensor, Tensor]:
         scores, removed = self._scores(batch)
         best = scores.masked_fill_(removed, float("-inf")).topk(min(k, scores.shape[1]), dim=1)
-        return torch.where(best.values.isfinite(), self.catalogue[best.indices], 0), best.values
+        ids = torch.where(best.values.isfinite(), self.catalogue[best.indices], 0)
+        beyond = (0, k - ids.shape[1])
+        return pad(ids, beyond), pad(best.values, beyond, value=float("-inf"))
 
     def flops(self, lengths: Tensor) -> float:
         loss = 2.0 * self.encoder.items.weight.shape[1] * (self.options.num_negatives + 1)

@@ -65,5 +65,5 @@ def build_task(config: Config, facts: DataFacts) -> Task:
     assert isinstance(task, Task)
     for module in task.modules():
         if hasattr(module, "recompute"):
-            module.recompute = config.train.recompute
+            module.recompute = config.train.recompute  # type: ignore[assignment]
     return task

@@ -23,10 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as load_state
+from torch.distributed.checkpoint.state_dict_saver import save as save_state
 
 from npu_rec.config import Config, dump_config
 from npu_rec.errors import CheckpointError
@@ -60,11 +63,11 @@ class Checkpoint:
                 wanted = {
                     name: torch.empty(entry.size, dtype=entry.properties.dtype)
                     for name, entry in stored.items()
-                    if name.startswith(f"{prefix}.")
+                    if name.startswith(f"{prefix}.") and isinstance(entry, TensorStorageMetadata)
                 }
                 if wanted:
-                    dcp.load(wanted, storage_reader=HuggingFaceStorageReader(str(self.path)), no_dist=True)
-            except (SafetensorError, dcp.CheckpointException, OSError, ValueError, KeyError) as error:
+                    load_state(wanted, storage_reader=HuggingFaceStorageReader(str(self.path)), no_dist=True)
+            except (SafetensorError, CheckpointException, OSError, ValueError, KeyError) as error:
                 raise CheckpointError(f"{self.path}: cannot be read: {error}") from None
         return {name.removeprefix(f"{prefix}."): value for name, value in wanted.items()}
 
@@ -120,7 +123,7 @@ def _write(
     host = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch says that there is one process
-        dcp.save(host, storage_writer=HuggingFaceStorageWriter(str(folder)), no_dist=True)
+        save_state(host, storage_writer=HuggingFaceStorageWriter(str(folder)), no_dist=True)
     full = {"format": FORMAT, "num_items": facts.num_items, "has_times": facts.has_times, **state}
     (folder / "state.json").write_text(json.dumps(full, indent=1))
     (folder / "config.yaml").write_text(dump_config(config))

@@ -65,7 +65,9 @@ def convert(source: Path, target: Path, config: Config) -> Path:
 
 def _encoder(task: Task, path: Path) -> torch.nn.Module:
     if not isinstance(task, Retrieval):
-        raise CheckpointError(f"{path}: Meta's research checkpoints hold retrieval models; the task is {type(task).__name__}")
+        raise CheckpointError(
+            f"{path}: Meta's research checkpoints hold retrieval models; the task is {type(task).__name__}"
+        )
     return task.encoder
 
 

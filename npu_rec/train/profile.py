@@ -35,6 +35,8 @@ class StepProfiler:
         if self._profiler is not None:
             self._profiler.step()
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._profiler is not None:
             self._profiler.stop()

@@ -17,10 +17,13 @@ from matplotlib import pyplot as plt
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1c2330; max-width: 1000px; margin: 2rem auto; padding: 0 1rem }
-h1 { font-size: 1.6rem; margin-bottom: 0 } h2 { font-size: 1.1rem; margin-top: 2.2rem; border-bottom: 1px solid #d8dde6 }
+h1 { font-size: 1.6rem; margin-bottom: 0 }
+h2 { font-size: 1.1rem; margin-top: 2.2rem; border-bottom: 1px solid #d8dde6 }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-td, th { padding: .25rem .9rem; border-bottom: 1px solid #e6e9ef; text-align: right } td:first-child, th:first-child { text-align: left }
-pre { background: #f5f6f9; padding: .8rem; overflow-x: auto; font-size: 12px } .figures svg { width: 100%; height: auto }
+td, th { padding: .25rem .9rem; border-bottom: 1px solid #e6e9ef; text-align: right }
+td:first-child, th:first-child { text-align: left }
+pre { background: #f5f6f9; padding: .8rem; overflow-x: auto; font-size: 12px }
+.figures svg { width: 100%; height: auto }
 .muted { color: #66708a }
 """
 _COLOURS = {"train": "#8a94a8", "epoch": "#1f5fbf", "valid": "#d1495b"}
@@ -69,7 +72,12 @@ def _curves(lines: list[dict[str, Any]], config: Config) -> str:
     loss, quality, rate, speed = axes.flat
     loss.plot([x["step"] for x in train], [x["loss"] for x in train], color=_COLOURS["train"], lw=0.8, label="step")
     loss.plot(
-        [x["step"] for x in epochs], [x["epoch_loss"] for x in epochs], "o-", ms=3, color=_COLOURS["epoch"], label="epoch"
+        [x["step"] for x in epochs],
+        [x["epoch_loss"] for x in epochs],
+        "o-",
+        ms=3,
+        color=_COLOURS["epoch"],
+        label="epoch",
     )
     loss.set_title("training loss")
     loss.legend(frameon=False)

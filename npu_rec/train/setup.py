@@ -12,13 +12,16 @@ from npu_rec.data import SequenceStore, prepare
 from npu_rec.data.splits import Split, make_splits, train_item_counts
 from npu_rec.device import Device, get_device
 from npu_rec.errors import DataError
+from npu_rec.evaluation import compute_metrics
 from npu_rec.registry import resolve
 from npu_rec.tasks import DataFacts
 
 
 def load_run_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Read a configuration, import its extensions and check every name and option in it."""
-    return resolve(load_config(path, overrides))
+    config = resolve(load_config(path, overrides))
+    compute_metrics(torch.ones(1, dtype=torch.int64), config.eval.metrics)  # a wrong `@k` shows before training
+    return config
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,9 @@ def open_data(config: Config) -> RunData:
     splits = make_splits(store, config.eval.protocol, config.model.max_seq_len)
     for name, split in splits.items():
         if len(split) == 0:
-            raise DataError(f"{config.data.name}: no sequence is long enough for the {name} split of {config.eval.protocol}")
+            raise DataError(
+                f"{config.data.name}: no sequence is long enough for the {name} split of {config.eval.protocol}"
+            )
     facts = DataFacts(
         num_items=store.num_items,
         catalogue=torch.from_numpy(store.catalogue(config.data.catalogue).copy()),

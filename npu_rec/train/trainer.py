@@ -17,7 +17,7 @@ from npu_rec.config import Config, load_config
 from npu_rec.data.batch import JaggedBatch
 from npu_rec.data.loader import TrainLoader
 from npu_rec.device import Device, device_report
-from npu_rec.errors import ConfigError
+from npu_rec.errors import ConfigError, TrainingError
 from npu_rec.ops.jagged import offsets_to_lengths
 from npu_rec.tasks import build_task
 from npu_rec.train import checkpoint as ckpt
@@ -32,10 +32,6 @@ from npu_rec.train.throughput import matmul_flops
 from npu_rec.train.weights import read_weights
 
 log = logging.getLogger(__name__)
-
-
-class NonFiniteLossError(RuntimeError):
-    """The loss or the gradient is not finite."""
 
 
 @dataclass
@@ -137,8 +133,8 @@ def _check_same_run(config: Config, found: ckpt.Checkpoint) -> None:
             before = old[section][key] if key else old[section]
             if value != before and name not in _MAY_CHANGE and section not in _MAY_CHANGE:
                 raise ConfigError(
-                    f"{name} is {value!r}, the run in {found.path} was trained with {before!r}; resume with that value, "
-                    "or start a new run with train.init_from"
+                    f"{name} is {value!r}, the run in {found.path} was trained with {before!r}; resume with that "
+                    "value, or start a new run with train.init_from"
                 )
 
 
@@ -203,9 +199,10 @@ class _Trainer:
         config, position = self.config, self.position
         self.peak_flops = matmul_flops(self.device, self.dtype or torch.float32)
         parameters = sum(p.numel() for p in self.task.parameters())
-        with TrainProgress(self.total_steps, position.step) as self.progress, StepProfiler(
-            config.train.profile, self.device, self.run_dir.path / "profile"
-        ) as self.profiler:
+        with (
+            TrainProgress(self.total_steps, position.step) as self.progress,
+            StepProfiler(config.train.profile, self.device, self.run_dir.path / "profile") as self.profiler,
+        ):
             if resumed is not None:
                 self.progress.line(f"resumed from step {resumed} (epoch {position.epoch + 1}, batch {position.batch})")
             self.progress.line(
@@ -275,10 +272,10 @@ class _Trainer:
             position.skipped_steps += 1
             log.warning("step %d skipped: loss %s, gradient norm %s", position.step, loss_sum, norm)
         else:
-            raise NonFiniteLossError(
-                f"step {position.step} (epoch {position.epoch + 1}): loss {loss_sum}, gradient norm {norm}; the weights of "
-                f"the last checkpoint in {self.run_dir.checkpoints} are good. Lower train.lr, set train.clip_norm, or "
-                "train.nan: skip"
+            raise TrainingError(
+                f"step {position.step} (epoch {position.epoch + 1}): loss {loss_sum}, gradient norm {norm}. "
+                f"The last checkpoint in {self.run_dir.checkpoints} is good; lower train.lr, set train.clip_norm, "
+                "or set train.nan: skip"
             )
         self.profiler.step()
         self.device.synchronize()
@@ -290,7 +287,9 @@ class _Trainer:
         gradients = [p.grad for p in self.task.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
         if self.config.train.clip_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.task.parameters(), self.config.train.clip_norm, norm, foreach=True)
+            torch.nn.utils.clip_grads_with_norm_(
+                self.task.parameters(), self.config.train.clip_norm, norm, foreach=True
+            )
         return float(norm)
 
     def _log_step(
@@ -311,7 +310,11 @@ class _Trainer:
         self.run_dir.log("valid", position.step, position.epoch + 1, values)
         improved = position.best_value is None or values[select] > position.best_value
         if improved:
-            position.best_value, position.best_step, position.evaluations_without_gain = values[select], position.step, 0
+            position.best_value, position.best_step, position.evaluations_without_gain = (
+                values[select],
+                position.step,
+                0,
+            )
         else:
             position.evaluations_without_gain += 1
         return improved, f"valid {select} {values[select]:.4f}{' (best)' if improved else ''}"

@@ -7,9 +7,9 @@ from typing import Any
 
 import polars as pl
 
-from npu_rec.data.download import download
+from npu_rec.data.download import Log, download
 from npu_rec.data.kinds import HalfStars, RawId, Seconds
-from npu_rec.data.recipe import Log, RawData, Recipe
+from npu_rec.data.recipe import RawData, Recipe
 from npu_rec.data.recipes.movielens import HALF_STARS
 from npu_rec.data.rows import Column, Rows
 from npu_rec.data.sources import is_archive, need

@@ -7,9 +7,9 @@ from typing import Any
 
 import polars as pl
 
-from npu_rec.data.download import download_wheel
+from npu_rec.data.download import Log, download_wheel
 from npu_rec.data.kinds import HalfStars, Id, Kind, Seconds, Text
-from npu_rec.data.recipe import Log, RawData
+from npu_rec.data.recipe import RawData
 from npu_rec.data.recipes.movielens import TERMS, WHY_MOVIES, GroupLens
 from npu_rec.data.rows import ROW, Column, Rows
 from npu_rec.data.sources import find, is_archive, need

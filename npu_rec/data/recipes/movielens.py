@@ -8,11 +8,11 @@ from typing import Any
 
 import polars as pl
 
-from npu_rec.data.download import download
-from npu_rec.data.kinds import HalfStars, Id, Seconds, Text
-from npu_rec.data.recipe import Log, RawData, Recipe
+from npu_rec.data.download import Log, download
+from npu_rec.data.kinds import HalfStars, Id, Integer, Seconds, Text
+from npu_rec.data.recipe import RawData, Recipe
 from npu_rec.data.rows import Column, Rows
-from npu_rec.data.sources import find, need
+from npu_rec.data.sources import find, is_archive, need
 from npu_rec.data.textio import TextFormat
 from npu_rec.registry import register
 
@@ -44,8 +44,11 @@ class GroupLens(Recipe):
 @register("data", "ml-1m")
 class MovieLens1M(GroupLens):
     """Reads the official `ratings.dat`, `movies.dat`, `users.dat`; or, for ratings, `ratings.csv`: columns
-    `user,item` and optionally `timestamp`, in the exact order of events a user, which times do not change. Of
-    that file nothing else is read: its ratings are known for a biased part of the events only."""
+    `user,item` and optionally `timestamp` and `ts_known`.
+
+    A column `ts_known` says that times are known in part and the file's order is exact: then times do not change
+    it. Ratings are not read from that file: they are known for a biased part of the events.
+    """
 
     description = "MovieLens-1M: 1,000,209 ratings of 3,706 movies (3,883 listed) by 6,040 users"
     terms = TERMS.format("ml-1m")
@@ -54,7 +57,7 @@ class MovieLens1M(GroupLens):
     published_events = 1_000_209
 
     def inputs(self, source: Path) -> list[Path]:
-        if source.is_file() and source.suffix == ".zip":
+        if is_archive(source):
             return [source]
         files = [self._ratings(source), self._movies(source), find(source, "users.dat", folder="ml-1m")]
         return [file for file in files if file is not None]
@@ -69,12 +72,13 @@ class MovieLens1M(GroupLens):
 
     def read(self, source: Path, rows: Rows) -> RawData:
         ratings, movies = self._ratings(source), self._movies(source)
-        in_order = ratings.name.removesuffix(".gz").endswith(".csv")
+        is_csv = ratings.name.removesuffix(".gz").endswith(".csv")
+        events = _csv_ratings(ratings, rows) if is_csv else _dat_ratings(ratings, rows)
         return RawData(
-            _ordered_events(ratings, rows) if in_order else _dat_ratings(ratings, rows),
+            events,
             items=_dat_movies(movies, rows),
             users=_dat_users(find(source, "users.dat", folder="ml-1m"), rows),
-            in_order=in_order,
+            in_order="ts_known" in events.columns,
             events_file=ratings.name,
             items_file=movies.name,
         )
@@ -90,9 +94,13 @@ def _dat_ratings(path: Path, rows: Rows) -> pl.DataFrame:
     return rows.text(path, columns, _dat("user", "item", "rating", "timestamp"))
 
 
-def _ordered_events(path: Path, rows: Rows) -> pl.DataFrame:
-    columns = [Column("user", Id()), Column("item", Id(zero_is_padding=True))]
-    columns.append(Column("time", Seconds(), source="timestamp", optional=True))
+def _csv_ratings(path: Path, rows: Rows) -> pl.DataFrame:
+    columns = [
+        Column("user", Id()),
+        Column("item", Id(zero_is_padding=True)),
+        Column("time", Seconds(), source="timestamp", optional=True),
+        Column("ts_known", Integer(), optional=True),
+    ]
     return rows.text(path, columns, TextFormat(","))
 
 
@@ -120,7 +128,7 @@ class MovieLens20M(GroupLens):
     published_events = 20_000_263
 
     def inputs(self, source: Path) -> list[Path]:
-        if source.is_file() and source.suffix == ".zip":
+        if is_archive(source):
             return [source]
         return list(self._files(source))
 

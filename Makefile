@@ -1,0 +1,42 @@
+# Thin over pip and npu-rec. `make train` and `make test` do whatever set-up is missing.
+#   TORCH='torch==2.12.0'   another build of PyTorch (README.md, "PyTorch builds")
+#   PYTHON=python3.12       another interpreter
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+CONFIG ?= configs/quickstart.yaml
+
+# A torch that is there already is kept when it is new enough; a torch of the system is shared with the environment.
+SUITABLE := import torch; raise SystemExit(tuple(map(int, torch.__version__.split('.')[:2])) < (2, 10))
+export TORCH_DEVICE_BACKEND_AUTOLOAD ?= 0
+
+.PHONY: train test lint docs install clean
+train: install
+	$(BIN)/npu-rec train $(CONFIG) --resume auto
+
+test: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+docs: install
+	$(BIN)/python -m pip install -q -e '.[docs]'
+	$(BIN)/python docs/generate.py
+	$(BIN)/mkdocs build --strict
+
+install: $(VENV)/.installed
+$(VENV)/.installed: pyproject.toml setup.py Makefile
+	@start=$$(date +%s); \
+	test -x $(BIN)/python || { $(PYTHON) -c "$(SUITABLE)" 2>/dev/null \
+		&& $(PYTHON) -m venv --system-site-packages $(VENV) || $(PYTHON) -m venv $(VENV); }; \
+	if [ -n "$(TORCH)" ]; then $(BIN)/python -m pip install -q $(TORCH); \
+	else $(BIN)/python -c "$(SUITABLE)" 2>/dev/null || $(BIN)/python -m pip install -q torch==2.13.0; fi && \
+	$(BIN)/python -m pip install -q -e '.[dev]' && touch $@ && \
+	echo "installed in $$(( $$(date +%s) - start )) s"
+
+clean:
+	rm -rf $(VENV) build *.egg-info site

@@ -1,0 +1,81 @@
+"""Shared fixtures: a small data set with structure, and the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import settings
+
+settings.register_profile("npu-rec", derandomize=True, deadline=None, max_examples=25)
+settings.load_profile("npu-rec")
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def write_shop(folder: Path, users: int = 60, items: int = 40, seed: int = 0) -> Path:
+    """`events.csv` and `items.csv` of a made-up shop: users walk through neighbouring items."""
+    rng = np.random.default_rng(seed)
+    lines = ["user,item,timestamp"]
+    for user in range(users):
+        time, item = 1_600_000_000 + user, int(rng.integers(items))
+        for _ in range(int(rng.integers(4, 25))):
+            lines.append(f"u{user},sku-{item},{time}")
+            time += int(rng.integers(1, 10**6))
+            item = (item + int(rng.integers(1, 4))) % items
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "events.csv").write_text("\n".join(lines) + "\n")
+    titles = [f'sku-{i},"Thing, number {i}"' for i in range(items)]
+    (folder / "items.csv").write_text("\n".join(["item,title", *titles]) + "\n")
+    return folder
+
+
+SHOP = """
+name: shop
+data:
+  name: interactions
+  source: {source}
+  dir: {prepared}
+  options: {{file: events.csv, items_file: items.csv}}
+model: {{embedding_dim: 16, num_blocks: 2, num_heads: 2, attention_dim: 8, linear_dim: 8, max_seq_len: 16}}
+task: {{name: retrieval, options: {{num_negatives: 8}}}}
+train: {{epochs: 2, batch_size: 16, log_every: 1}}
+eval: {{protocol: holdout, metrics: [hr@1, hr@10, ndcg@10, mrr], select: ndcg@10}}
+device: {{backend: cpu, threads: 1}}
+"""
+
+
+@pytest.fixture(scope="session")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A configuration file for the shop; its data is prepared once a session."""
+    folder = tmp_path_factory.mktemp("shop")
+    config = folder / "shop.yaml"
+    config.write_text(SHOP.format(source=write_shop(folder / "source"), prepared=folder / "prepared"))
+    return config
+
+
+def npu_rec(
+    *arguments: object, cwd: Path | None = None, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run `python -m npu_rec ...`."""
+    return subprocess.run(
+        [sys.executable, "-m", "npu_rec", *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def npu_rec_json(*arguments: object, **kwargs: Any) -> Any:
+    """Run a command with --json; the document it prints."""
+    done = npu_rec(*arguments, "--json", **kwargs)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
