@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -98,14 +99,14 @@ def test_resume_auto_without_a_run_starts_one(shop: Path, tmp_path: Path) -> Non
 def test_a_used_run_directory_is_not_overwritten(shop: Path, tmp_path: Path) -> None:
     run(shop, tmp_path / "a", "train.epochs=1")
     before = (tmp_path / "a" / "metrics.jsonl").read_bytes()
-    with pytest.raises(ConfigError, match="holds a run already.*--resume auto"):
+    with pytest.raises(ConfigError, match=r"holds a run already.*--resume auto"):
         run(shop, tmp_path / "a", "train.epochs=1")
     assert (tmp_path / "a" / "metrics.jsonl").read_bytes() == before
 
 
 def test_resuming_another_model_names_the_key(shop: Path, tmp_path: Path) -> None:
     run(shop, tmp_path / "a", "train.epochs=1")
-    with pytest.raises(ConfigError, match="model.num_blocks is 3.* with 2"):
+    with pytest.raises(ConfigError, match=r"model.num_blocks is 3.* with 2"):
         run(shop, tmp_path / "a", "model.num_blocks=3", resume="auto")
 
 
@@ -156,7 +157,7 @@ def test_recompute_and_clipping_and_bf16_train(shop: Path, tmp_path: Path) -> No
     run(shop, tmp_path / "c", "train.epochs=1", "train.clip_norm=1e-3")
     assert not same(weights(tmp_path / "a"), weights(tmp_path / "c"))
     rounded = run(shop, tmp_path / "d", "train.epochs=1", "train.precision=bf16")
-    loss = [[r["epoch_loss"] for r in lines(tmp_path / x) if "epoch_loss" in r][0] for x in "ad"]
+    loss = [next(r["epoch_loss"] for r in lines(tmp_path / x) if "epoch_loss" in r) for x in "ad"]
     assert loss[0] == pytest.approx(loss[1], rel=0.02)
     assert loss[0] != loss[1]
     assert rounded.metrics["test"].keys() == plain.metrics["test"].keys()
@@ -212,4 +213,4 @@ def test_learning_rate_warms_up_and_follows_the_cosine() -> None:
     assert rates[9] == rates[10] == pytest.approx(1.0)
     assert rates[60] == pytest.approx(0.55)
     assert rates[110] == pytest.approx(0.1)
-    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert all(a >= b for a, b in pairwise(rates[10:]))

@@ -66,6 +66,8 @@ def hstu_attention(
         raise ValueError(
             f"q, k, v must be [T, H, Dqk], [T, H, Dqk], [T, H, Dv]; got {[list(x.shape) for x in (q, k, v)]}"
         )
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k, v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
     if offsets.dim() != 1 or offsets.shape[0] < 1 or offsets.dtype != torch.int64:
         raise ValueError(f"offsets must be [B + 1] int64, got {list(offsets.shape)} {offsets.dtype}")
     if num_targets is not None and num_targets.shape != (offsets.shape[0] - 1,):

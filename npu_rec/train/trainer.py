@@ -76,7 +76,7 @@ class TrainResult:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
-def train(config: Config, *, run_dir: Path | None = None, resume: str | None = None) -> TrainResult:
+def train(config: Config, *, run_dir: str | Path | None = None, resume: str | None = None) -> TrainResult:
     """Train a resolved configuration.
 
     Args:
@@ -87,7 +87,7 @@ def train(config: Config, *, run_dir: Path | None = None, resume: str | None = N
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world > 1:
         raise ConfigError(f"WORLD_SIZE is {world}: training on several processes does not exist yet; start one process")
-    run = RunDirectory(run_dir if run_dir is not None else _default_run_dir(config, resume))
+    run = RunDirectory(Path(run_dir) if run_dir is not None else _default_run_dir(config, resume))
     found = _find_checkpoint(run, resume)
     if found is None and run.used and resume != "auto":
         raise ConfigError(
@@ -144,6 +144,7 @@ class _Trainer:
     ) -> None:
         self.config, self.run_dir, self.device, self.data, self.found = config, run, device, data, found
         self.task = build_task(config, data.facts)
+        self.task.to(device.torch_device)  # before the optimiser: moving may replace parameters
         self.optimizer = build_optimizer(self.task, config.train)
         self.position = Position()
         device.manual_seed(config.train.seed)
@@ -151,7 +152,6 @@ class _Trainer:
             self._restore(found)
         elif config.train.init_from is not None:
             ckpt.load_weights(self.task, read_weights(config.train.init_from), str(config.train.init_from))
-        self.task.to(device.torch_device)
         self.loader = TrainLoader(
             data.splits["train"],
             batch_size=config.train.batch_size,
@@ -168,7 +168,6 @@ class _Trainer:
         names = Position.__dataclass_fields__
         self.position = Position(**{k: v for k, v in found.state["position"].items() if k in names})
         ckpt.load_weights(self.task, found.tensors("model"), str(found.path))
-        self.task.to(self.device.torch_device)
         ckpt.load_optimizer(self.task, self.optimizer, found.tensors("optimizer"))
         random_states = found.tensors("random")
         torch.set_rng_state(random_states["host"])
