@@ -29,13 +29,14 @@ docs: install
 	$(BIN)/mkdocs build --strict
 
 install: $(VENV)/.installed
-$(VENV)/.installed: pyproject.toml setup.py Makefile
+$(VENV)/.installed: pyproject.toml setup.py Makefile $(wildcard kernels/cpu/*)
 	@start=$$(date +%s); \
 	test -x $(BIN)/python || { $(PYTHON) -c "$(SUITABLE)" 2>/dev/null \
 		&& $(PYTHON) -m venv --system-site-packages $(VENV) || $(PYTHON) -m venv $(VENV); }; \
 	if [ -n "$(TORCH)" ]; then $(BIN)/python -m pip install -q $(TORCH); \
 	else $(BIN)/python -c "$(SUITABLE)" 2>/dev/null || $(BIN)/python -m pip install -q torch==2.13.0; fi && \
-	$(BIN)/python -m pip install -q -e '.[dev]' && touch $@ && \
+	$(BIN)/python -m pip install -q 'setuptools>=77' && \
+	$(BIN)/python -m pip install -q --no-build-isolation -e '.[dev]' && touch $@ && \
 	echo "installed in $$(( $$(date +%s) - start )) s"
 
 clean:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -179,9 +180,9 @@ def test_reference_equals_the_definition_in_loops(case: AttentionCase) -> None:
     torch.testing.assert_close(case.call("reference")(**case.leaves()), out, rtol=1e-12, atol=1e-12)
 
 
-def visible(backend: str, case: AttentionCase) -> list[list[int]]:
+def visible(backend: str, case: AttentionCase, dtype: torch.dtype) -> list[list[int]]:
     """For each token of the only sequence the places that reach its output, by gradient of v."""
-    leaves = case.leaves()
+    leaves = case.leaves(dtype)
     jacobian = torch.autograd.functional.jacobian(
         lambda v: case.call(backend)(leaves["q"], leaves["k"], v), leaves["v"]
     )
@@ -195,21 +196,22 @@ def test_masks_of_a_sequence_of_six_are_these(backend: str) -> None:
     if place.device != "cpu":
         pytest.skip("the same on every device")
     case = AttentionCase((6,), heads=1, qk_dim=2, v_dim=2)
+    seen = functools.partial(visible, backend, dtype=place.dtype)
     history = [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5]]
-    assert visible(backend, case) == history
+    assert seen(case) == history
     two_targets = dataclasses.replace(case, num_targets=(2,))
-    assert visible(backend, two_targets) == [*history[:4], [0, 1, 2, 3, 4], [0, 1, 2, 3, 5]]
+    assert seen(two_targets) == [*history[:4], [0, 1, 2, 3, 4], [0, 1, 2, 3, 5]]
     window = dataclasses.replace(case, max_attn_len=1)
-    assert visible(backend, window) == [[0], [0, 1], [1, 2], [2, 3], [3, 4], [4, 5]]
+    assert seen(window) == [[0], [0, 1], [1, 2], [2, 3], [3, 4], [4, 5]]
     # both targets have id 4: a window of 1 leaves them token 3 and themselves
-    assert visible(backend, dataclasses.replace(window, num_targets=(2,)))[4:] == [[3, 4], [3, 5]]
+    assert seen(dataclasses.replace(window, num_targets=(2,)))[4:] == [[3, 4], [3, 5]]
     # ids >= 6 - 2 keep the full window
-    assert visible(backend, dataclasses.replace(window, min_full_attn_seq_len=2))[3:] == [[2, 3], *history[4:]]
+    assert seen(dataclasses.replace(window, min_full_attn_seq_len=2))[3:] == [[2, 3], *history[4:]]
     # two contextual tokens see the whole history, not the targets
     context = dataclasses.replace(two_targets, contextual_seq_len=2)
-    assert visible(backend, context) == [[0, 1, 2, 3], [0, 1, 2, 3], *history[2:4], [0, 1, 2, 3, 4], [0, 1, 2, 3, 5]]
+    assert seen(context) == [[0, 1, 2, 3], [0, 1, 2, 3], *history[2:4], [0, 1, 2, 3, 4], [0, 1, 2, 3, 5]]
     both_ways = dataclasses.replace(two_targets, causal=False)
-    assert visible(backend, both_ways) == [list(range(6))] * 4 + [[0, 1, 2, 3, 4], [0, 1, 2, 3, 5]]
+    assert seen(both_ways) == [list(range(6))] * 4 + [[0, 1, 2, 3, 4], [0, 1, 2, 3, 5]]
 
 
 # --- candidates

@@ -39,9 +39,9 @@ def load_meta_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) -> 
     """
     own = model.state_dict()
     pairs = _pairs(own)
-    uncovered = sorted(set(own) - {name for name, _ in pairs.values()})
-    if uncovered:
-        raise CheckpointError(f"the model is not Meta's research HSTU; it also has {', '.join(uncovered[:5])}")
+    strange = sorted({name for name, _ in pairs.values()} ^ set(own))
+    if strange:
+        raise CheckpointError(f"the model is not Meta's research HSTU, they differ in {', '.join(strange[:5])}")
     given = {name.removeprefix("module."): value for name, value in state_dict.items()}
     given = {name: value for name, value in given.items() if name.rpartition(".")[2] not in _IGNORED}
     problems = [f"missing {name}" for name in pairs if name not in given]

@@ -9,14 +9,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from npu_rec.ops import hstu_attention_reference, hstu_attention_tiled
+from npu_rec.ops import hstu_attention_cpp, hstu_attention_reference, hstu_attention_tiled
 from npu_rec.ops.hstu_attention_request import HSTUAttentionRequest
 from npu_rec.ops.masks import MaskRule
 from npu_rec.ops.registry import operator
 from npu_rec.ops.relative_bias import RelativeBias
 
 HSTU_ATTENTION = operator(
-    "hstu_attention", hstu_attention_tiled.BACKEND, hstu_attention_reference.BACKEND, sample=HSTUAttentionRequest.sample
+    "hstu_attention",
+    hstu_attention_cpp.BACKEND,
+    hstu_attention_tiled.BACKEND,
+    hstu_attention_reference.BACKEND,
+    sample=HSTUAttentionRequest.sample,
 )
 
 

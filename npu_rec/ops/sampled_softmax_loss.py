@@ -8,12 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from npu_rec.ops import sampled_softmax_loss_chunked, sampled_softmax_loss_reference
+from npu_rec.ops import sampled_softmax_loss_chunked, sampled_softmax_loss_cpp, sampled_softmax_loss_reference
 from npu_rec.ops.registry import operator
 from npu_rec.ops.sampled_softmax_loss_request import SampledSoftmaxRequest
 
 SAMPLED_SOFTMAX_LOSS = operator(
     "sampled_softmax_loss",
+    sampled_softmax_loss_cpp.BACKEND,
     sampled_softmax_loss_chunked.BACKEND,
     sampled_softmax_loss_reference.BACKEND,
     sample=SampledSoftmaxRequest.sample,

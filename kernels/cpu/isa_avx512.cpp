@@ -1,0 +1,19 @@
+// The kernels for x86-64 with AVX-512.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#pragma GCC target("avx512f,avx512dq,avx512vl,avx512bw,fma")
+#define NPU_REC_ISA avx512
+#define NPU_REC_VECTOR 16
+#include "hstu_attention_head.inc"
+#include "sampled_softmax_tokens.inc"
+
+namespace npu_rec {
+Kernels kernels_avx512() {
+  return {avx512::forward, avx512::backward, avx512::scratch_floats, avx512::token_losses, avx512::token_gradients, 16};
+}
+}  // namespace npu_rec
+#else
+#include "kernels.h"
+namespace npu_rec {
+Kernels kernels_avx512() { return {}; }
+}  // namespace npu_rec
+#endif

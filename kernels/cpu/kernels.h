@@ -1,0 +1,73 @@
+// What the kernels of every instruction set are given and how they are reached.
+#pragma once
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace npu_rec {
+
+// HSTU attention: one head of one sequence.
+struct Mask {
+  bool causal;
+  int64_t contextual_seq_len, max_attn_len, min_full_attn_seq_len;
+};
+
+struct HeadTask {
+  // Inputs, float32; token i of the sequence starts at i * stride.
+  const float *q, *k, *v, *grad;
+  int64_t stride_qk, stride_v;
+  int n, dim_qk, dim_v;
+  float alpha, inverse_divisor;
+
+  // Mask: ids and limit are null and unused when ids simply count the tokens ("plain").
+  Mask mask;
+  const int64_t* ids;
+  int64_t limit;
+
+  // Bias. `position[d]` is the entry for id_key - id_query = d. `sorted`: along the sequence both times never
+  // go back and a query's time is not before its key's, so buckets are monotone along rows.
+  const float* position;
+  const float* time;
+  const int64_t *query_time, *key_time;
+  const int64_t* edges;  // edges[b] <= |delta| < edges[b + 1]
+  bool sorted;
+
+  // Results. The gradients of the tables are added to; dq, dk, dv and out are written.
+  float *out, *dq, *dk, *dv, *d_position, *d_time;
+  float* scratch;
+};
+
+// Sampled softmax: tokens [begin, end). Rows of `queries` and `rows` are padded with zeros to `width`, a multiple
+// of the vector; indices of negatives are [T, count].
+struct TokensTask {
+  int64_t begin, end;
+  const float *queries, *rows;
+  int64_t width;
+  const int64_t *positives, *negatives;
+  int count;
+  const float* log_q;
+  float inverse_temperature;
+  bool mask_collisions;
+  float *loss, *logsumexp;       // written by token_losses, logsumexp read by token_gradients
+  const float* grad;             // [T]
+  float *d_queries, *d_rows;     // d_queries is written, d_rows added to; both of `width`
+  float* scratch;                // count + 1 floats, rounded up to the vector
+};
+
+struct Kernels {
+  void (*attention_forward)(const HeadTask&);
+  void (*attention_backward)(const HeadTask&);
+  int64_t (*attention_scratch)(int n, int dim_qk, int dim_v);  // floats
+  void (*token_losses)(const TokensTask&);
+  void (*token_gradients)(const TokensTask&);
+  int vector;  // floats
+};
+
+Kernels kernels_plain();
+Kernels kernels_avx2();
+Kernels kernels_avx512();
+
+std::vector<std::string> instruction_sets();    // usable here, the fastest first
+Kernels kernels_of(const std::string& isa);     // an error where it is not usable
+
+}  // namespace npu_rec

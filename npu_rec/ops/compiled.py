@@ -1,0 +1,52 @@
+"""The compiled CPU kernels (kernels/cpu), when this installation has them."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from functools import cache
+from typing import Any
+
+import torch
+
+ISA_VARIABLE = "NPU_REC_CPU_ISA"
+
+
+@cache
+def _load() -> tuple[Any, str | None]:
+    try:
+        return importlib.import_module("npu_rec._C"), None
+    except ModuleNotFoundError:
+        return None, "npu_rec was installed without its C++ kernels (docs/devices.md)"
+    except ImportError as error:  # built against another torch, say
+        return None, f"npu_rec._C does not load ({error}); install npu_rec again for this torch"
+
+
+def extension() -> Any:
+    """The module `npu_rec._C`; None when `unusable` says so."""
+    return _load()[0]
+
+
+def instruction_set() -> str:
+    """The fastest instruction set of this build and machine, or the one `NPU_REC_CPU_ISA` names.
+
+    Raises:
+        RuntimeError: the named one is not available.
+    """
+    usable: list[str] = extension().instruction_sets()
+    wanted = os.environ.get(ISA_VARIABLE)
+    if wanted is None:
+        return usable[0]
+    if wanted not in usable:
+        raise RuntimeError(f"{ISA_VARIABLE}={wanted}: this machine and build have {', '.join(usable)}")
+    return wanted
+
+
+def unusable(*tensors: torch.Tensor | None) -> str | None:
+    """None when the compiled kernels take these tensors, or the reason why not."""
+    for tensor in tensors:
+        if tensor is not None and tensor.device.type != "cpu":
+            return f"the tensors are on {tensor.device.type}"
+        if tensor is not None and tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"the dtype is {tensor.dtype}"
+    return _load()[1]

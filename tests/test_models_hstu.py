@@ -1,0 +1,551 @@
+"""HSTU against oracles written from its equations: Meta's research model by Meta's names, and the production layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from strategies import generator, normal, one_thread  # noqa: F401
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.functional import layer_norm, linear, silu
+
+from npu_rec.config import ModelConfig, OpsConfig
+from npu_rec.errors import CheckpointError
+from npu_rec.models import Layout, SequenceEncoder, encoder, hstu
+from npu_rec.models.hstu import HSTU, HSTUOptions, build_research_hstu
+from npu_rec.models.meta_weights import load_meta_state_dict, to_meta_state_dict
+from npu_rec.ops.jagged import lengths_to_offsets, position_of_token, sequence_of_token
+from npu_rec.ops.random import random_key
+
+ITEMS = 40
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A small research model. N = 16."""
+
+    width: int = 12
+    blocks: int = 2
+    heads: int = 2
+    value_dim: int = 5
+    attention_dim: int = 4
+    history: int = 9
+    output: int = 7
+
+    def build(self) -> nn.Module:
+        return build_research_hstu(
+            num_items=ITEMS,
+            embedding_dim=self.width,
+            num_blocks=self.blocks,
+            num_heads=self.heads,
+            linear_dim=self.value_dim,
+            attention_dim=self.attention_dim,
+            max_sequence_len=self.history,
+            max_output_len=self.output,
+        )
+
+    def meta_state(self, seed: int = 0) -> dict[str, Tensor]:
+        """Weights under Meta's names and in Meta's shapes, large enough for every part to matter."""
+        g, longest, inner = generator(seed), self.history + self.output, self.heads * self.value_dim
+        state = {
+            "_embedding_module._item_emb.weight": normal(g, ITEMS + 1, self.width, scale=0.3),
+            "_input_features_preproc._pos_emb.weight": normal(g, longest, self.width, scale=0.5),
+        }
+        for i in range(self.blocks):
+            layer = f"_hstu._attention_layers.{i}"
+            columns = 2 * inner + 2 * self.heads * self.attention_dim
+            state |= {
+                f"{layer}._uvqk": normal(g, self.width, columns, scale=0.8),
+                f"{layer}._o.weight": normal(g, self.width, inner, scale=0.5),
+                f"{layer}._o.bias": normal(g, self.width),
+                f"{layer}._rel_attn_bias._ts_w": normal(g, 129),
+                f"{layer}._rel_attn_bias._pos_w": normal(g, 2 * longest - 1),
+            }
+        return state
+
+
+SMALL = Shape()
+
+
+@dataclass(frozen=True)
+class Histories:
+    """Sequences of ids with times, and the time of each request."""
+
+    ids: list[list[int]]
+    times: list[list[int]]
+    requests: list[int]
+
+    @staticmethod
+    def random(*lengths: int, seed: int = 0) -> Histories:
+        g = generator(seed)
+        ids = [torch.randint(1, ITEMS + 1, (n,), generator=g).tolist() for n in lengths]
+        gaps = [(torch.rand(n + 1, generator=g) * 15).exp().long() for n in lengths]  # from seconds to a month
+        times = [(1_000_000_000 + gap.cumsum(0)).tolist() for gap in gaps]
+        return Histories(ids, [own[:-1] for own in times], [own[-1] for own in times])
+
+    def packed(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """ids, offsets, times, times of the next events."""
+        following = [[*own[1:], request][: len(own)] for own, request in zip(self.times, self.requests, strict=True)]
+        ids, times, next_times = (
+            torch.tensor([x for own in jagged for x in own], dtype=torch.int64)
+            for jagged in (self.ids, self.times, following)
+        )
+        return (
+            ids,
+            lengths_to_offsets(torch.tensor([len(own) for own in self.ids], dtype=torch.int64)),
+            times,
+            next_times,
+        )
+
+    def part(self, *rows: int) -> Histories:
+        return Histories(*([jagged[row] for row in rows] for jagged in (self.ids, self.times, self.requests)))
+
+
+def meta_user_vectors(state: dict[str, Tensor], shape: Shape, given: Histories) -> Tensor:
+    """Meta's research HSTU (arXiv 2402.17152) in float64: padded [B, N, N], one head after the other."""
+    state = {name: value.double() for name, value in state.items()}
+    count, longest = len(given.ids), shape.history + shape.output
+    ids, times = torch.zeros(count, longest, dtype=torch.int64), torch.zeros(count, longest, dtype=torch.int64)
+    for b, (own, seconds) in enumerate(zip(given.ids, given.times, strict=True)):
+        ids[b, : len(own)] = torch.tensor(own, dtype=torch.int64)
+        times[b, : len(own)] = torch.tensor(seconds, dtype=torch.int64)
+        if len(own) < longest:
+            times[b, len(own)] = given.requests[b]
+    x = state["_embedding_module._item_emb.weight"][ids] * math.sqrt(shape.width)
+    x = (x + state["_input_features_preproc._pos_emb.weight"]) * (ids != 0).unsqueeze(2)
+
+    extended = torch.cat([times, times[:, longest - 1 :]], 1)  # the last row has no next event
+    gap = extended[:, 1:].unsqueeze(2) - extended[:, :-1].unsqueeze(1)
+    bucket = (torch.log(gap.abs().clamp(min=1)) / 0.301).long().clamp(0, 128)
+    place = torch.arange(longest)
+    mask = (place.unsqueeze(0) <= place.unsqueeze(1)).double()
+    inner = shape.heads * shape.value_dim
+    for i in range(shape.blocks):
+        layer = f"_hstu._attention_layers.{i}"
+        z = silu(layer_norm(x, (shape.width,), eps=1e-6) @ state[f"{layer}._uvqk"])
+        narrow = shape.heads * shape.attention_dim
+        u, v, q, k = z.split([inner, inner, narrow, narrow], 2)
+        bias = state[f"{layer}._rel_attn_bias._pos_w"][place.unsqueeze(0) - place.unsqueeze(1) + longest - 1]
+        bias = bias + state[f"{layer}._rel_attn_bias._ts_w"][bucket]
+        out = []
+        for a in range(shape.heads):
+            own = slice(a * shape.attention_dim, (a + 1) * shape.attention_dim)
+            scores = torch.einsum("bid,bjd->bij", q[..., own], k[..., own]) + bias
+            weights = silu(scores) / longest * mask
+            out.append(weights @ v[..., a * shape.value_dim : (a + 1) * shape.value_dim])
+        gated = u * layer_norm(torch.cat(out, 2), (inner,), eps=1e-6)
+        x = gated @ state[f"{layer}._o.weight"].T + state[f"{layer}._o.bias"] + x
+    users = [x[b, n] for b, own in enumerate(given.ids) for n in range(len(own))]
+    vectors = torch.stack(users) if users else x.new_empty(0, shape.width)
+    return vectors / vectors.norm(dim=1, keepdim=True).clamp(min=1e-6)
+
+
+def check_against_meta(shape: Shape, given: Histories) -> None:
+    state, model = shape.meta_state(), shape.build()
+    load_meta_state_dict(model, state)
+    expected = meta_user_vectors(state, shape, given)
+    encoded = model.encode(*given.packed())
+    assert encoded.dtype == torch.float32
+    torch.testing.assert_close(encoded.double(), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(model.double().encode(*given.packed()), expected, rtol=0, atol=1e-10)
+
+
+# --- research: parameters
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "heads", "head_dim", "blocks", "longest", "layer", "total"),
+    [
+        ("ML-1M", 50, 1, 50, 2, 211, 13_100, 26_200),
+        ("ML-1M large", 50, 2, 25, 8, 211, 13_100, 104_800),
+        ("ML-20M", 256, 4, 64, 4, 211, 328_486, 1_313_944),
+        ("ML-20M large", 256, 8, 32, 16, 211, 328_486, 5_255_776),
+        ("Books", 64, 4, 16, 4, 61, 20_794, 83_176),
+        ("Books large", 64, 8, 8, 16, 61, 20_794, 332_704),
+    ],
+)
+def test_parameters_are_as_many_as_in_meta_s_code(
+    name: str, width: int, heads: int, head_dim: int, blocks: int, longest: int, layer: int, total: int
+) -> None:
+    with torch.device("meta"):
+        backbone = HSTU(
+            ModelConfig(
+                embedding_dim=width,
+                num_blocks=blocks,
+                num_heads=heads,
+                attention_dim=head_dim,
+                linear_dim=head_dim,
+                max_seq_len=longest - 11,
+            ),
+            HSTUOptions(),
+            OpsConfig(),
+        )
+    counts = [sum(p.numel() for p in block.parameters()) for block in backbone.layers]
+    assert counts == [layer] * blocks
+    assert sum(p.numel() for p in backbone.parameters()) == total
+
+
+def test_the_encoder_adds_an_item_table_and_positions() -> None:
+    model = SMALL.build()
+    own = {name: p.numel() for name, p in model.named_parameters() if not name.startswith("backbone.")}
+    assert own == {"items.weight": (ITEMS + 1) * SMALL.width, "positions": 16 * SMALL.width}
+
+
+def test_initial_values_are_distributed_as_in_meta_s_code() -> None:
+    model = build_research_hstu(
+        num_items=3000,
+        embedding_dim=64,
+        num_blocks=1,
+        num_heads=2,
+        linear_dim=32,
+        attention_dim=32,
+        max_sequence_len=500,
+        max_output_len=11,
+    )
+    layer = model.requires_grad_(False).backbone.layers[0]
+    assert float(layer.uvqk.weight.std()) == pytest.approx(0.02, rel=0.05)
+    assert float(layer.position_weight.std()) == pytest.approx(0.02, rel=0.1)
+    assert float(layer.time_weight.std()) == pytest.approx(0.02, rel=0.25)
+    assert float(layer.output.weight.abs().max()) == pytest.approx(math.sqrt(6 / 128), rel=0.01)
+    assert float(model.positions.std()) == pytest.approx(math.sqrt(2 / (511 + 64)), rel=0.03)
+    assert float(model.items.weight.std()) == pytest.approx(0.02 * 0.8796, rel=0.02)  # cut at two deviations
+    assert float(model.items.weight.abs().max()) < 0.0401
+
+
+# --- research: the encoder is Meta's
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [SMALL, Shape(heads=1), Shape(heads=3, value_dim=2, attention_dim=7), Shape(blocks=3, history=15, output=1)],
+)
+def test_the_research_encoder_is_meta_s(shape: Shape) -> None:
+    check_against_meta(shape, Histories.random(5, 9, 1, 0, 7))
+
+
+def test_the_last_row_of_a_full_sequence_uses_its_own_time() -> None:
+    full = Histories.random(16, 3, 15)
+    full.requests[0] = full.times[0][-1]
+    check_against_meta(SMALL, full)
+
+
+def test_tokens_with_id_0_come_in_as_zeros() -> None:
+    given = Histories.random(6, 4)
+    given.ids[0][2] = given.ids[0][3] = given.ids[1][0] = 0
+    check_against_meta(SMALL, given)
+    state = SMALL.meta_state()
+    state["_embedding_module._item_emb.weight"][0] = 1e3
+    before, after = SMALL.build(), SMALL.build()
+    load_meta_state_dict(before, SMALL.meta_state())
+    load_meta_state_dict(after, state)
+    assert torch.equal(before.encode(*given.packed()), after.encode(*given.packed()))
+
+
+def test_equal_and_far_times_fall_into_the_end_buckets() -> None:
+    given = Histories([[1, 2, 3, 4]], [[0, 0, 3, 2**31 - 5]], [2**31 - 2])
+    check_against_meta(SMALL, given)
+
+
+def test_vectors_have_length_one() -> None:
+    vectors = SMALL.build().encode(*Histories.random(3, 0, 8).packed())
+    torch.testing.assert_close(vectors.norm(dim=1), torch.ones(11))
+
+
+def test_a_prefix_is_encoded_as_in_the_whole_sequence() -> None:
+    model, given = SMALL.build().double(), Histories.random(9)
+    load_meta_state_dict(model, SMALL.meta_state())
+    whole = model.encode(*given.packed())
+    prefix = Histories([given.ids[0][:4]], [given.times[0][:4]], [given.times[0][4]])
+    torch.testing.assert_close(model.encode(*prefix.packed()), whole[:4], rtol=0, atol=1e-12)
+
+
+# --- research: weights in and out
+
+
+def test_the_prefix_and_the_mask_of_meta_s_checkpoints_are_accepted() -> None:
+    plain, wrapped = SMALL.build(), SMALL.build()
+    state = SMALL.meta_state()
+    load_meta_state_dict(plain, state)
+    load_meta_state_dict(
+        wrapped, {f"module.{name}": value for name, value in (state | {"_attn_mask": torch.ones(16, 16)}).items()}
+    )
+    for name, value in plain.state_dict().items():
+        assert torch.equal(value, wrapped.state_dict()[name])
+
+
+@pytest.mark.parametrize("name", sorted(SMALL.meta_state()))
+def test_a_missing_or_misshapen_tensor_is_named(name: str) -> None:
+    model = SMALL.build()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    state = SMALL.meta_state()
+    whole = state.pop(name)
+    with pytest.raises(CheckpointError, match=f"missing {name}"):
+        load_meta_state_dict(model, state)
+    with pytest.raises(CheckpointError, match=rf"{name} has \[[\d, ]+\], the model wants \[[\d, ]+\] as "):
+        load_meta_state_dict(model, state | {name: whole[1:]})
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key])  # refused as a whole
+
+
+@pytest.mark.parametrize("name", ["_hstu._attention_layers.2._uvqk", "_output_postproc._layer_norm.weight", "epoch"])
+def test_an_unknown_tensor_is_named(name: str) -> None:
+    with pytest.raises(CheckpointError, match=f"unknown {name}"):
+        load_meta_state_dict(SMALL.build(), SMALL.meta_state() | {name: torch.zeros(3)})
+
+
+def test_many_problems_are_counted() -> None:
+    with pytest.raises(CheckpointError, match="and 7 more"):
+        load_meta_state_dict(SMALL.build(), {})
+
+
+@pytest.mark.parametrize("options", [{"variant": "production"}, {"bias": "position"}, {"bias": "none"}])
+def test_another_model_than_meta_s_research_one_is_refused(options: dict[str, Any]) -> None:
+    config = ModelConfig(embedding_dim=12, num_heads=2, attention_dim=4, linear_dim=5, max_seq_len=9, max_output_len=7)
+    model = SequenceEncoder(config, HSTUOptions(**options), OpsConfig(), num_items=ITEMS, seed=0)
+    with pytest.raises(CheckpointError, match="not Meta's research HSTU"):
+        load_meta_state_dict(model, SMALL.meta_state())
+    with pytest.raises(CheckpointError, match="not a research HSTU: "):
+        to_meta_state_dict(model)
+
+
+def test_weights_come_out_as_they_went_in() -> None:
+    state, model = SMALL.meta_state(), SMALL.build()
+    load_meta_state_dict(model, state)
+    out = to_meta_state_dict(model)
+    assert out.keys() == state.keys()
+    for name, value in state.items():
+        assert torch.equal(out[name], value), name
+        assert out[name].is_contiguous()
+
+
+# --- packing
+
+
+def test_a_sequence_is_encoded_the_same_alone_and_in_any_batch() -> None:
+    model, given = SMALL.build().double(), Histories.random(5, 0, 9, 1, 3, 0)
+    load_meta_state_dict(model, SMALL.meta_state())
+    alone = {row: model.encode(*given.part(row).packed()) for row in range(6)}
+    for order in ([0, 1, 2, 3, 4, 5], [5, 2, 0, 3], [4, 2, 2, 1], [1, 5]):
+        together = model.encode(*given.part(*order).packed())
+        expected = torch.cat([alone[row] for row in order])
+        torch.testing.assert_close(together, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("variant", ["research", "production"])
+@pytest.mark.parametrize("lengths", [(), (0,), (0, 0, 0)])
+def test_nothing_to_encode_gives_nothing_and_zero_gradients(variant: str, lengths: tuple[int, ...]) -> None:
+    config = ModelConfig(embedding_dim=12, num_heads=2, attention_dim=4, linear_dim=5, max_seq_len=9)
+    model = SequenceEncoder(config, HSTUOptions(variant=variant), OpsConfig(), num_items=ITEMS, seed=0)
+    encoded = model.encode(*Histories.random(*lengths).packed())
+    assert encoded.shape == (0, 12)
+    encoded.sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert not parameter.grad.any(), name
+
+
+# --- production
+
+
+PRODUCTION = ModelConfig(
+    embedding_dim=10, num_blocks=2, num_heads=2, attention_dim=4, linear_dim=5, max_seq_len=20, max_output_len=3
+)
+
+
+def production(seed: int = 0, **options: Any) -> HSTU:
+    """A production stack in float64 with every weight random."""
+    model = HSTU(PRODUCTION, HSTUOptions(variant="production", **options), OpsConfig()).double()
+    randomise(model, seed, 0.5)
+    return model
+
+
+def randomise(model: nn.Module, seed: int, scale: float) -> None:
+    """Every weight normal, those of norms around 1."""
+    g = generator(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(normal(g, *parameter.shape, scale=scale) + (1.0 if "norm.weight" in name else 0.0))
+
+
+def production_oracle(
+    model: HSTU, x: Tensor, lengths: list[int], targets: list[int], since: Tensor | None, longest: int
+) -> Tensor:
+    """The layers of DLRM-HSTU one sequence at a time; `since [T]`: seconds between event and request."""
+    weight, rows, first = dict(model.named_parameters()), [], 0
+    for n, t in zip(lengths, targets, strict=True):
+        y = x[first : first + n]
+        if since is not None and n:
+            bucket = [min(int(math.sqrt(max(s, 1e-6) / 60)), 2048) for s in since[first : first + n].tolist()]
+            y = y + weight["input_times.weight"][bucket]
+        history = n - t  # a target sees the history and itself
+        mask = torch.tensor([[i == j or (j < i and j < history) for j in range(n)] for i in range(n)]).view(n, n)
+        for i in range(PRODUCTION.num_blocks):
+            own = {k.removeprefix(f"layers.{i}."): p for k, p in weight.items() if k.startswith(f"layers.{i}.")}
+            normed = layer_norm(y, (10,), own["input_norm.weight"], own["input_norm.bias"], 1e-6)
+            u, v, q, k = linear(normed, own["uvqk.weight"], own["uvqk.bias"]).split([10, 10, 8, 8], 1)
+            u, heads = silu(u), []
+            for a in range(2):
+                scores = q[:, 4 * a : 4 * a + 4] @ k[:, 4 * a : 4 * a + 4].T / math.sqrt(4)
+                heads.append((silu(scores) / longest * mask) @ v[:, 5 * a : 5 * a + 5])
+            attended = layer_norm(torch.cat(heads, 1), (10,), own["output_norm.weight"], own["output_norm.bias"], 1e-6)
+            assert "output.bias" not in own
+            y = linear(torch.cat([u, attended, u * attended], 1), own["output.weight"]) + y
+        rows.append(y)
+        first += n
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("targets", [None, [2, 0, 0, 1, 5]])
+@pytest.mark.parametrize("timed", [True, False])
+def test_the_production_stack_is_dlrm_hstu(targets: list[int] | None, timed: bool) -> None:
+    model, lengths = production(), [7, 0, 1, 12, 5]
+    x = normal(generator(3), 25, 10).double()
+    since = (torch.rand(25, generator=generator(4)) * 21).exp().long() if timed else None  # to beyond the last row
+    times = torch.randint(0, 10**6, (25,), generator=generator(5)) if timed else None
+    layout = Layout(
+        lengths_to_offsets(torch.tensor(lengths)),
+        23,
+        times,
+        times + since if times is not None and since is not None else None,
+        None if targets is None else torch.tensor(targets),
+    )
+    expected = production_oracle(model, x, lengths, targets or [0] * 5, since, 23)
+    torch.testing.assert_close(model(x, layout), expected, rtol=0, atol=1e-10)
+
+
+def test_production_has_no_bias_in_attention_and_research_has_both_unless_told() -> None:
+    def biases(**options: Any) -> tuple[bool, bool, bool]:
+        model = HSTU(PRODUCTION, HSTUOptions(**options), OpsConfig())
+        layer = model.layers[0]
+        return layer.position_weight is not None, layer.time_weight is not None, model.needs_times
+
+    assert biases() == (True, True, True)
+    assert biases(variant="production") == (False, False, False)
+    assert biases(bias="position") == (True, False, False)
+    assert biases(bias="none") == (False, False, False)
+    assert biases(variant="production", bias="position_time") == (True, True, True)
+
+
+# --- dropout and recomputation
+
+
+def dropping(variant: str = "research", blocks: int = 2) -> SequenceEncoder:
+    """A training model with dropout everywhere, large enough weights, float64."""
+    config = PRODUCTION.model_copy(update={"dropout": 0.4, "input_dropout": 0.3, "num_blocks": blocks})
+    model = SequenceEncoder(config, HSTUOptions(variant=variant), OpsConfig(), num_items=ITEMS, seed=0).double()
+    randomise(model, 1, 0.3)
+    return model.train()
+
+
+def dropout_keys(given: Histories, rows: list[int]) -> Tensor:
+    """Keys of the tokens from sequence id and place, as a task makes them."""
+    ids, offsets, *_ = given.packed()
+    sequences = torch.tensor(rows)[sequence_of_token(offsets, ids.shape[0])]
+    return random_key(7, "dropout", 3, sequences, position_of_token(offsets, ids.shape[0]))
+
+
+def outputs_and_gradients(model: nn.Module, call: Callable[[], Tensor]) -> list[Tensor]:
+    model.zero_grad()
+    out = call()
+    out.square().sum().backward()
+    return [out.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("variant", ["research", "production"])
+def test_recomputation_changes_neither_outputs_nor_gradients(variant: str) -> None:
+    model, given = dropping(variant), Histories.random(5, 0, 9, 1)
+    keys, calls = dropout_keys(given, [0, 1, 2, 3]), []
+    for layer in model.backbone.layers:
+        layer.input_norm.register_forward_hook(lambda *_: calls.append(1))
+    plain = outputs_and_gradients(model, lambda: model(*given.packed(), keys))
+    assert len(calls) == 2
+    model.backbone.recompute = True
+    again = outputs_and_gradients(model, lambda: model(*given.packed(), keys))
+    assert len(calls) == 2 + 4  # each layer ran again in the backward pass
+    assert len(plain) == len(again) == 1 + len(list(model.parameters()))
+    for a, b in zip(plain, again, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("variant", ["research", "production"])
+def test_dropout_of_a_sequence_does_not_depend_on_its_batch(variant: str) -> None:
+    model, given = dropping(variant), Histories.random(5, 0, 9, 4)
+    whole = model(*given.packed(), dropout_keys(given, [0, 1, 2, 3]))
+    starts = [0, 5, 5, 14, 18]
+    for rows in ([2], [3, 0], [3, 2, 1, 0]):
+        part = given.part(*rows)
+        expected = torch.cat([whole[starts[row] : starts[row + 1]] for row in rows])
+        torch.testing.assert_close(model(*part.packed(), dropout_keys(part, rows)), expected, rtol=0, atol=1e-12)
+
+
+def test_dropout_is_on_in_every_place_and_only_with_keys() -> None:
+    model, given = dropping(), Histories.random(5, 9)
+    keys = dropout_keys(given, [0, 1])
+    without = model(*given.packed())
+    assert torch.equal(without, model.eval()(*given.packed()))
+    dropped = model.train()(*given.packed(), keys)
+    assert not torch.allclose(dropped, without)
+    assert not torch.allclose(dropped, model(*given.packed(), keys + 1))
+    for place in ("input_dropout", "dropout"):
+        other = dropping()
+        other.input_dropout = 0.0
+        for layer in other.backbone.layers:
+            layer.dropout = 0.0
+        assert torch.equal(other(*given.packed(), keys), without)
+        for part in [other] if place == "input_dropout" else other.backbone.layers:
+            setattr(part, place, 0.4)
+        assert not torch.allclose(other(*given.packed(), keys), without)
+
+
+def test_the_input_and_every_layer_drop_differently(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def record(real: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*arguments: Any, dropout_keys: Tensor | None = None, **keywords: Any) -> Tensor:
+            seen.append(arguments[-1] if dropout_keys is None else dropout_keys)
+            return real(*arguments, **keywords)
+
+        return call
+
+    monkeypatch.setattr(hstu, "norm_gate", record(hstu.norm_gate))
+    monkeypatch.setattr(encoder, "dropout", record(encoder.dropout))
+    monkeypatch.setattr(hstu, "dropout", record(hstu.dropout))
+    given = Histories.random(5, 9)
+    for variant in ("research", "production"):
+        seen.clear()
+        dropping(variant, blocks=3)(*given.packed(), dropout_keys(given, [0, 1]))
+        assert [keys.shape for keys in seen] == [(14,)] * 4
+        assert torch.cat(seen).unique().shape == (4 * 14,)
+
+
+# --- torch.compile
+
+
+def test_the_compiled_research_encoder_is_the_eager_one() -> None:
+    """Inductor, without a graph break; a second shape makes it compile for every shape."""
+    torch._dynamo.reset()
+    model = dropping(blocks=1).float()
+    counter = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for lengths in ((5, 9), (4, 1, 12), (3, 0, 8, 2, 7)):
+        given = Histories.random(*lengths)
+        keys = dropout_keys(given, list(range(len(lengths))))
+        eager = outputs_and_gradients(model, lambda given=given, keys=keys: model(*given.packed(), keys))
+        fast = outputs_and_gradients(model, lambda given=given, keys=keys: compiled(*given.packed(), keys))
+        assert len(eager) == len(fast) == 1 + len(list(model.parameters()))
+        for want, got in zip(eager, fast, strict=True):
+            assert got.dtype == torch.float32
+            torch.testing.assert_close(got, want, rtol=0, atol=1e-5 * float(want.abs().max()))
+    assert counter.frame_count <= 2
+
+    exact = outputs_and_gradients(model, lambda: model(*given.packed()))
+    with torch.autocast("cpu", torch.bfloat16):
+        eager = outputs_and_gradients(model, lambda: model(*given.packed()))
+        fast = outputs_and_gradients(model, lambda: compiled(*given.packed()))
+    for want, plain, got in zip(exact, eager, fast, strict=True):
+        assert float((got - want).norm()) <= 2 * float((plain - want).norm()) + 1e-3 * float(want.norm())

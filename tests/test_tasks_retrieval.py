@@ -1,0 +1,377 @@
+"""The retrieval task: its loss from the negatives it draws, how they are drawn, ranks and recommendations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from strategies import generator, normal, one_thread  # noqa: F401
+from torch import Tensor
+
+from npu_rec.config import Config
+from npu_rec.data.batch import JaggedBatch
+from npu_rec.errors import ConfigError
+from npu_rec.ops.jagged import lengths_to_offsets, position_of_token, sequence_of_token
+from npu_rec.ops.random import random_key
+from npu_rec.registry import resolve
+from npu_rec.tasks import DataFacts, Retrieval, build_task, retrieval
+from npu_rec.tasks.negatives import NegativeSampler
+
+CATALOGUE = [2, 3, 5, 7, 11, 13, 17, 19, 23, 29]  # of ids up to 30
+COUNTS = [0, 0, 9, 1, 4, 3, 0, 8, 0, 0, 0, 5, 0, 2, 0, 0, 0, 6, 0, 7, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 3]
+LENGTHS = [4, 1, 6, 3]
+STRATEGIES = ["uniform", "in_batch", "popularity"]
+
+
+def facts(**changes: Any) -> DataFacts:
+    given = {"num_items": 30, "catalogue": CATALOGUE, "item_counts": COUNTS, "has_times": True} | changes
+    return DataFacts(**{k: torch.tensor(v) if isinstance(v, list) else v for k, v in given.items()})
+
+
+def config_of(model: dict[str, Any] | None = None, seed: int = 3, **options: Any) -> Config:
+    small = {"embedding_dim": 8, "num_heads": 2, "attention_dim": 3, "linear_dim": 4, "max_seq_len": 8}
+    given = {"model": small | (model or {}), "train": {"seed": seed}}
+    return resolve(Config(**given, task={"options": {"num_negatives": 6, "temperature": 0.2} | options}))
+
+
+def task_of(model: dict[str, Any] | None = None, about: DataFacts | None = None, **options: Any) -> Retrieval:
+    """A task in evaluation mode, with weights large enough for scores to differ."""
+    task = build_task(config_of(model, **options), about or facts())
+    assert isinstance(task, Retrieval)
+    with torch.no_grad():
+        for number, parameter in enumerate(task.parameters()):
+            parameter.copy_(normal(generator(number), *parameter.shape, scale=0.5))
+    return task.eval()
+
+
+def batch_of(lengths: list[int] = LENGTHS, ids: list[int] | None = None, times: bool = True) -> JaggedBatch:
+    """Sequences of catalogue items; the events of a sequence depend on its id alone."""
+    ids = list(range(100, 100 + len(lengths))) if ids is None else ids
+    events, seconds = [], []
+    for name, n in zip(ids, lengths, strict=True):
+        g = generator(name)
+        events.append(torch.tensor(CATALOGUE)[torch.randint(len(CATALOGUE), (n + 1,), generator=g)])
+        seconds.append(torch.randint(1, 10**5, (n + 1,), generator=g).cumsum(0))
+    empty = torch.zeros(0, dtype=torch.int64)
+    columns = {
+        "item_ids": torch.cat([own[:-1] for own in events] + [empty]),
+        "next_ids": torch.cat([own[1:] for own in events] + [empty]),
+        "times": torch.cat([own[:-1] for own in seconds] + [empty]) if times else None,
+        "next_times": torch.cat([own[1:] for own in seconds] + [empty]) if times else None,
+    }
+    offsets = lengths_to_offsets(torch.tensor(lengths, dtype=torch.int64))
+    return JaggedBatch(torch.tensor(ids, dtype=torch.int64), offsets, **columns)  # type: ignore[arg-type]
+
+
+def removing(batch: JaggedBatch, *removed: list[int]) -> JaggedBatch:
+    own = {name: value for name, value in vars(batch).items() if value is not None}
+    items = torch.tensor([x for row in removed for x in row], dtype=torch.int64)
+    return JaggedBatch(
+        **own, removed=items, removed_offsets=lengths_to_offsets(torch.tensor([len(r) for r in removed]))
+    )
+
+
+def drawn(task: Retrieval, batch: JaggedBatch, epoch: int) -> Tensor:
+    """Item ids `[T, R]` of the negatives, drawn with the key of each position."""
+    sequences = batch.sequence_ids[sequence_of_token(batch.offsets, batch.tokens)]
+    keys = random_key(3, "negatives", epoch, sequences, position_of_token(batch.offsets, batch.tokens))
+    columns = task.sampler.draw(keys, task.options.num_negatives, task.column_of_item[batch.next_ids])
+    return task.catalogue[columns]
+
+
+@contextmanager
+def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """The negatives, as columns of the catalogue, and the loss per token of each call."""
+    seen: list[tuple[Tensor, Tensor]] = []
+    real_loss, real_play, last = retrieval.sampled_softmax_loss, Retrieval._in_play, []
+
+    def play(self: Retrieval, positives: Tensor, negatives: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        last.append(negatives)
+        return real_play(self, positives, negatives)
+
+    def loss(*arguments: Any, **keywords: Any) -> Tensor:
+        losses = real_loss(*arguments, **keywords)
+        seen.append((last.pop(), losses.detach()))
+        return losses
+
+    with monkeypatch.context() as patched:
+        patched.setattr(retrieval, "sampled_softmax_loss", loss)
+        patched.setattr(Retrieval, "_in_play", play)
+        yield seen
+
+
+def gradients(task: Retrieval, total: Tensor) -> dict[str, Tensor]:
+    task.zero_grad()
+    total.backward()
+    return {name: parameter.grad.clone() for name, parameter in task.named_parameters() if parameter.grad is not None}
+
+
+# --- the loss
+
+
+@pytest.mark.parametrize(
+    ("negatives", "log_q"), [*((name, False) for name in STRATEGIES), ("in_batch", True), ("popularity", True)]
+)
+@pytest.mark.parametrize("loss", ["sampled_softmax", "bce"])
+def test_the_loss_is_that_of_the_drawn_negatives(negatives: str, loss: str, log_q: bool) -> None:
+    task, batch = task_of(negatives=negatives, loss=loss, log_q=log_q), batch_of()
+    hidden = task.encoder.encode(batch.item_ids, batch.offsets, batch.times, batch.next_times)
+    hidden, table = hidden.detach().double(), task.encoder.items.weight.detach().double()
+    of_item = table / table.norm(dim=1, keepdim=True)
+    total_count = sum(COUNTS[item] for item in CATALOGUE)
+
+    def logit(token: int, item: int) -> float:
+        value = float(hidden[token] @ of_item[item]) / 0.2
+        return value - math.log(max(COUNTS[item], 1) / total_count) if log_q else value
+
+    expected, collisions = 0.0, 0
+    for token, (positive, others) in enumerate(
+        zip(batch.next_ids.tolist(), drawn(task, batch, 5).tolist(), strict=True)
+    ):
+        counted = [logit(token, item) for item in others if item != positive]
+        collisions += len(others) - len(counted)
+        own = logit(token, positive)
+        if loss == "bce":
+            expected += math.log1p(math.exp(-own))
+            expected += sum(math.log1p(math.exp(x)) for x in counted) / max(len(counted), 1)
+        else:
+            expected += math.log(sum(map(math.exp, [own, *counted]))) - own
+    total, weight = (x.detach() for x in task.loss(batch, 5))
+    assert collisions > 0
+    assert float(weight) == sum(LENGTHS)
+    assert float(total) == pytest.approx(expected, rel=2e-5)
+
+
+@torch.no_grad()
+def test_epochs_and_seeds_draw_other_negatives() -> None:
+    batch = batch_of()
+    losses = [float(task_of(seed=seed).loss(batch, epoch)[0]) for seed in (3, 4) for epoch in (0, 1)]
+    assert len(set(losses)) == 4
+    assert float(task_of().loss(batch, 1)[0]) == losses[1]
+
+
+@pytest.mark.parametrize("negatives", ["uniform", "popularity"])
+def test_a_sequence_has_the_same_negatives_and_losses_in_any_batch(
+    negatives: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = task_of(negatives=negatives).train()  # with dropout
+    with recorded(monkeypatch) as seen:
+        task.loss(batch_of([4, 1, 6, 3], [8, 5, 2, 9]), 1)
+        task.loss(batch_of([6, 3, 0, 2], [2, 9, 1, 4]), 1)
+        task.loss(batch_of([1], [5]), 1)
+    (draws, losses), (other_draws, other_losses), (single_draws, single_losses) = seen
+    assert torch.equal(draws[5:14], other_draws[:9])
+    assert torch.equal(draws[4:5], single_draws)
+    torch.testing.assert_close(losses[5:14], other_losses[:9], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(losses[4:5], single_losses, rtol=1e-5, atol=1e-6)
+    assert not torch.equal(draws[:3], draws[5:8])
+
+
+@pytest.mark.parametrize("negatives", STRATEGIES)
+@pytest.mark.parametrize("loss", ["sampled_softmax", "bce"])
+@pytest.mark.parametrize("many", [True, False])
+def test_leaving_unused_items_out_changes_nothing(
+    negatives: str, loss: str, many: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    about = facts() if many else facts(num_items=500, catalogue=list(range(1, 501)), item_counts=[0, *range(500)])
+    task, batch = task_of(about=about, negatives=negatives, loss=loss, log_q=negatives != "uniform"), batch_of()
+    assert (batch.tokens * 6 >= len(about.catalogue)) == many
+
+    def everything(self: Retrieval, positives: Tensor, negatives: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.arange(self.catalogue.shape[0]), positives, negatives
+
+    def only_used(self: Retrieval, positives: Tensor, negatives: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        columns = sorted({*positives.tolist(), *negatives.flatten().tolist()})
+        place = {column: n for n, column in enumerate(columns)}
+        moved = [torch.tensor([place[c] for c in x.flatten().tolist()]).view(x.shape) for x in (positives, negatives)]
+        return torch.tensor(columns), moved[0], moved[1]
+
+    own = task.loss(batch, 2)[0]
+    own_gradients = gradients(task, own)
+    for other in (everything, only_used):
+        monkeypatch.setattr(Retrieval, "_in_play", other)
+        total = task.loss(batch, 2)[0]
+        torch.testing.assert_close(total, own, rtol=1e-5, atol=0)
+        for name, gradient in gradients(task, total).items():
+            torch.testing.assert_close(gradient, own_gradients[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("negatives", STRATEGIES)
+@pytest.mark.parametrize("loss", ["sampled_softmax", "bce"])
+@pytest.mark.parametrize("lengths", [[], [0, 0]])
+def test_a_batch_of_nothing_has_no_loss_and_zero_gradients(negatives: str, loss: str, lengths: list[int]) -> None:
+    task = task_of(negatives=negatives, loss=loss).train()
+    total, weight = task.loss(batch_of(lengths), 0)
+    assert (total.item(), weight.item()) == (0.0, 0.0)
+    found = gradients(task, total)
+    assert found.keys() == dict(task.named_parameters()).keys()
+    assert not any(gradient.any() for gradient in found.values())
+
+
+# --- negatives
+
+
+def frequencies(sampler: NegativeSampler, in_batch: list[int]) -> Tensor:
+    keys = random_key(0, "negatives", torch.arange(2000))
+    columns = sampler.draw(keys, 50, torch.tensor(in_batch))
+    assert columns.shape == (2000, 50)
+    assert columns.dtype == torch.int64
+    return torch.bincount(columns.flatten(), minlength=len(sampler.counts)) / columns.numel()
+
+
+@pytest.mark.parametrize(
+    ("strategy", "in_batch", "expected"),
+    [
+        ("uniform", [1], [1, 1, 1, 1, 1]),
+        ("popularity", [1], [4, 0, 1, 0, 5]),
+        ("in_batch", [3, 1, 3, 3, 3, 1, 4], [0, 1, 0, 1, 1]),  # each distinct item alike
+    ],
+)
+def test_negatives_are_distributed_as_said(strategy: Any, in_batch: list[int], expected: list[int]) -> None:
+    found = frequencies(NegativeSampler(strategy, torch.tensor([4, 0, 1, 0, 5])), in_batch)
+    wanted = torch.tensor(expected) / sum(expected)
+    assert not found[wanted == 0].any()
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0.008)  # five deviations of 100,000 draws
+
+
+def test_popularity_survives_more_events_than_a_draw_has_values() -> None:
+    counts = torch.tensor([3 * 2**31, 0, 1, 2**31])
+    found = frequencies(NegativeSampler("popularity", counts), [])
+    torch.testing.assert_close(found, torch.tensor([0.75, 0, 0, 0.25]), rtol=0, atol=0.008)
+    assert NegativeSampler("popularity", counts).cumulative.diff().tolist()[:2] == [0, 1]  # the rare item can be drawn
+
+
+def test_negatives_stay_in_a_catalogue_smaller_than_the_id_range(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = batch_of([5, 3])
+    for strategy in STRATEGIES:
+        task = task_of(negatives=strategy, num_negatives=400)
+        items = set(drawn(task, batch, 0).flatten().tolist())
+        popular = {item for item in CATALOGUE if COUNTS[item]}
+        of_batch = set(batch.next_ids.tolist())
+        assert items == {"uniform": set(CATALOGUE), "popularity": popular, "in_batch": of_batch}[strategy]
+    with recorded(monkeypatch) as seen:  # and these are what the loss uses
+        task.loss(batch, 0)
+    assert torch.equal(task.catalogue[seen[0][0]], drawn(task, batch, 0))
+
+
+def test_log_q_is_the_share_of_training_events() -> None:
+    sampler = NegativeSampler("popularity", torch.tensor([4, 0, 1, 0, 5]))
+    torch.testing.assert_close(sampler.log_q().exp()[[0, 2, 4]], torch.tensor([0.4, 0.1, 0.5]))
+    assert sampler.log_q().isfinite().all()
+
+
+def test_draws_that_make_no_sense_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"task\.options\.log_q: uniform negatives need no correction"):
+        task_of(log_q=True)
+    with pytest.raises(ConfigError, match=r"task\.options\.negatives: popularity needs training events"):
+        task_of(about=facts(item_counts=[0] * 31), negatives="popularity")
+
+
+# --- data without times
+
+
+def test_a_time_bias_on_data_without_times_is_refused_with_what_to_set() -> None:
+    expected = r"data\.name: ml-100k has no times, .* set model\.options\.bias to position"
+    for options in ({}, {"bias": "position_time"}, {"variant": "production", "bias": "position_time"}):
+        with pytest.raises(ConfigError, match=expected):
+            task_of({"options": options}, facts(has_times=False))
+
+
+@pytest.mark.parametrize("options", [{"bias": "position"}, {"bias": "none"}, {"variant": "production"}])
+def test_data_without_times_trains_and_ranks_without_a_time_bias(options: dict[str, str]) -> None:
+    task, batch = task_of({"options": options}, facts(has_times=False)), batch_of(times=False)
+    total, _ = task.loss(batch, 0)
+    assert total.isfinite()
+    assert task.ranks(batch).shape == (4,)
+
+
+# --- ranks and recommendations
+
+
+def similarities(task: Retrieval, batch: JaggedBatch) -> list[dict[int, float]]:
+    """Of each sequence: item of the catalogue -> cosine."""
+    vectors = task.encoder.encode(batch.item_ids, batch.offsets, batch.times, batch.next_times)
+    table = task.encoder.items.weight
+    users = [vectors[end - 1] if end > start else vectors.new_zeros(8) for start, end in batch.offsets.unfold(0, 2, 1)]
+    return [{item: float(user @ table[item] / table[item].norm()) for item in CATALOGUE} for user in users]
+
+
+REMOVED: list[list[int]] = [[2, 3, 30], [], [5, 5, 7, 1], [29]]  # 30 and 1 are not in the catalogue
+
+
+@torch.no_grad()
+def test_ranks_are_those_of_sorting_what_is_left() -> None:
+    task, batch = task_of(), removing(batch_of(), *REMOVED)
+    targets = batch.next_ids[batch.offsets[1:] - 1].tolist()
+    expected = []
+    for scores, removed, target in zip(similarities(task, batch), REMOVED, targets, strict=True):
+        left = [item for item in CATALOGUE if item not in removed or item == target]
+        expected.append(sorted(left, key=lambda item, scores=scores: -scores[item]).index(target) + 1)
+    assert task.ranks(batch).tolist() == expected
+
+
+@torch.no_grad()
+def test_a_target_that_is_in_the_history_stays_in_the_ranking() -> None:
+    task, batch = task_of(), batch_of()
+    targets = batch.next_ids[batch.offsets[1:] - 1].tolist()
+    assert task.ranks(removing(batch, *([item] for item in targets))).tolist() == task.ranks(batch).tolist()
+    assert task.ranks(removing(batch, *[CATALOGUE] * 4)).tolist() == [1, 1, 1, 1]
+
+
+@torch.no_grad()
+def test_metrics_are_over_all_batches() -> None:
+    task, whole = task_of(), batch_of()
+    parts = [batch_of(LENGTHS[:1]), batch_of(LENGTHS[1:], [101, 102, 103])]
+    metrics = ["hr@3", "ndcg@10", "mrr"]
+    assert task.evaluate(parts, metrics) == task.evaluate([whole], metrics)
+    assert task.evaluate([whole], ["mrr"])["mrr"] == pytest.approx(float((1 / task.ranks(whole)).mean()))
+    assert task.evaluate([], metrics) == dict.fromkeys(metrics, 0.0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("k", [1, 4, 10, 13])
+def test_recommendations_are_the_best_items_left_then_zeros(k: int) -> None:
+    task, batch = task_of(), removing(batch_of([4, 0, 6, 3]), [2, 3, 30], [], CATALOGUE, CATALOGUE[1:])
+    ids, scores = task.top_k(batch, k)
+    assert ids.shape == scores.shape == (4, k)
+    removed = [[2, 3], [], CATALOGUE, CATALOGUE[1:]]
+    for row, (cosines, gone) in enumerate(zip(similarities(task, batch), removed, strict=True)):
+        left = sorted((item for item in CATALOGUE if item not in gone), key=lambda item, c=cosines: -c[item])[:k]
+        if row != 1:  # without a history all scores are alike
+            assert ids[row].tolist() == left + [0] * (k - len(left))
+        assert set(ids[row].tolist()) <= {0, *CATALOGUE} - set(gone)
+        expected = [cosines[item] for item in left] + [-math.inf] * (k - len(left))
+        torch.testing.assert_close(scores[row], torch.tensor(expected), rtol=1e-5, atol=1e-6)
+
+
+# --- building
+
+
+def test_a_task_is_made_from_its_seed_alone() -> None:
+    torch.manual_seed(1)
+    before = torch.random.get_rng_state()
+    first = build_task(config_of(), facts()).state_dict()
+    assert torch.equal(torch.random.get_rng_state(), before)
+    torch.manual_seed(2)
+    second, other = (build_task(config_of(seed=seed), facts()).state_dict() for seed in (3, 4))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not torch.equal(first["encoder.items.weight"], other["encoder.items.weight"])
+    assert not torch.equal(first["encoder.positions"], other["encoder.positions"])
+    assert set(first) == {name for name, _ in task_of().named_parameters()}  # nothing of the data set
+
+
+def test_more_items_start_with_the_same_rows() -> None:
+    few = build_task(config_of(), facts()).state_dict()["encoder.items.weight"]
+    many = build_task(config_of(), facts(num_items=60)).state_dict()["encoder.items.weight"]
+    assert torch.equal(many[:31], few)
+
+
+def test_recomputation_is_switched_on_by_the_configuration() -> None:
+    config = config_of()
+    assert build_task(config, facts()).encoder.backbone.recompute is False
+    config.train.recompute = True
+    assert build_task(config, facts()).encoder.backbone.recompute is True
