@@ -24,11 +24,14 @@ lint: install
 	$(BIN)/lint-imports
 
 docs: install
-	$(BIN)/python -m pip install -q -e '.[docs]'
+	$(BIN)/python -m pip install -q mkdocs-material
 	$(BIN)/python docs/generate.py
 	$(BIN)/mkdocs build --strict
 
 install: $(VENV)/.installed
+ifneq ($(TORCH),)
+.PHONY: $(VENV)/.installed  # another torch is asked for: look again
+endif
 $(VENV)/.installed: pyproject.toml setup.py Makefile $(wildcard kernels/cpu/*)
 	@start=$$(date +%s); \
 	test -x $(BIN)/python || { $(PYTHON) -c "$(SUITABLE)" 2>/dev/null \

@@ -40,7 +40,7 @@ JsonOption = Annotated[
 def main() -> None:
     """Entry point: exit code 0 success, 2 bad usage, configuration or data, 1 failure."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("npu_rec").setLevel(logging.INFO)
+    sys.path.insert(0, "")  # `imports:` finds modules of the current directory, as under `python -m npu_rec`
     try:
         app()
     except UserError as error:
@@ -93,6 +93,8 @@ def train(
 ) -> None:
     """Train a model and test it."""
     from npu_rec.train import train as run_training
+
+    logging.getLogger("npu_rec").setLevel(logging.INFO)  # which backends run
 
     result = run_training(_load(config, set_), run_dir=run_dir, resume=resume)
     document = {

@@ -62,7 +62,7 @@ class DataConfig(Section):
         "error", description="A malformed row stops the preparation, or is dropped, counted and reported."
     )
     duplicates: Literal["keep", "drop"] = Field(
-        "keep", description="Rows equal in every column: kept and counted, or dropped and counted."
+        "keep", description="Events equal in user, item, time and action: kept or dropped, and counted."
     )
     options: dict[str, Any] = Field(default_factory=dict, description="Options of the recipe.")
 
@@ -80,7 +80,9 @@ class ModelConfig(Section):
     input_dropout: Probability = Field(0.2, description="Dropout on the input of the first block.")
     max_seq_len: Positive = Field(200, description="Most recent events of a user that the model sees.")
     max_output_len: Positive = Field(
-        11, description="Places kept behind the history; N = max_seq_len + max_output_len is the model's constant."
+        11,
+        description="Places behind the history, for candidates. N = max_seq_len + max_output_len sizes the position tables and "
+        "divides the attention.",
     )
     options: dict[str, Any] = Field(default_factory=dict, description="Options of the backbone.")
 
@@ -96,7 +98,9 @@ class TrainConfig(Section):
     """The training loop."""
 
     epochs: Positive = Field(20, description="One epoch = every training sequence once.")
-    max_steps: Positive | None = Field(None, description="Stop after this many optimiser steps.")
+    max_steps: Positive | None = Field(
+        None, description="Stop after this many optimiser steps; schedules still span `epochs`."
+    )
     batch_size: Positive = Field(128, description="Sequences of a global batch.")
     batch_tokens: Positive | None = Field(
         None, description="Token budget of a global batch; when set, it closes a batch before `batch_size` does."
@@ -156,10 +160,10 @@ class EvalConfig(Section):
 class OpsConfig(Section):
     """The backend of each operator: `auto`, or a name that must be able to run."""
 
-    hstu_attention: str = "auto"
-    sampled_softmax_loss: str = "auto"
-    norm_gate: str = "auto"
-    embedding_lookup: str = "auto"
+    hstu_attention: str = Field("auto", description="Attention of HSTU with its relative bias.")
+    sampled_softmax_loss: str = Field("auto", description="Loss of the retrieval task.")
+    norm_gate: str = Field("auto", description="LayerNorm times gate, the end of an HSTU layer.")
+    embedding_lookup: str = Field("auto", description="Rows of the item table.")
 
 
 class Config(Section):
@@ -212,7 +216,16 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         ConfigError: with file, key and, for an unknown key, the nearest valid one.
     """
     origins: Origins = {}
-    raw = _read(find_config(path), origins, ())
+    return _finish(_read(find_config(path), origins, ()), overrides, origins)
+
+
+def load_resolved(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read what `dump_config` wrote: whole as it is, so nothing in it is expanded again."""
+    origins: Origins = {(): str(path)}
+    return _finish(_parse(Path(path), str(path)), overrides, origins)
+
+
+def _finish(raw: dict[str, Any], overrides: list[str] | None, origins: Origins) -> Config:
     for override in overrides or []:
         _merge(raw, _parse_override(override), origins, "--set", ())
     config = validate(Config, raw, origins)
@@ -294,18 +307,7 @@ def _read(path: Path, origins: Origins, seen: tuple[Path, ...]) -> dict[str, Any
     shown = os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
     if path in seen:
         raise ConfigError(f"{shown}: `base:` leads back to itself: {' -> '.join(p.name for p in (*seen, path))}")
-    try:
-        own = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        problem = " ".join(str(getattr(error, "problem", error)).split())
-        raise ConfigError(f"{shown}{line}: not valid YAML: {problem}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{shown}: cannot be read: {error}") from None
-    own = {} if own is None else own
-    if not isinstance(own, dict):
-        raise ConfigError(f"{shown}: expected a mapping of keys, found {type(own).__name__}")
+    own = _parse(path, shown)
     base = _expand(own.pop("base", None), shown)
     merged: dict[str, Any] = {}
     if base is not None:
@@ -318,6 +320,36 @@ def _read(path: Path, origins: Origins, seen: tuple[Path, ...]) -> dict[str, Any
     _merge(merged, _expand(own, shown), origins, shown, ())
     origins[()] = shown
     return merged
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key `{key.value}` is given twice", key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _parse(path: Path, shown: str) -> dict[str, Any]:
+    try:
+        own = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        problem = " ".join(str(getattr(error, "problem", error)).split())
+        raise ConfigError(f"{shown}{line}: not valid YAML: {problem}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{shown}: cannot be read: {error}") from None
+    own = {} if own is None else own
+    if not isinstance(own, dict):
+        raise ConfigError(f"{shown}: expected a mapping of keys, found {type(own).__name__}")
+    return own
 
 
 def _merge(into: dict[str, Any], new: dict[Any, Any], origins: Origins, origin: str, prefix: Path_) -> None:

@@ -66,7 +66,8 @@ def lookup(kind: Kind, name: str) -> Entry:
         return entries[name]
     near = difflib.get_close_matches(name, list(entries), n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ConfigError(f"no {kind} is registered as {name!r}{hint} (known: {', '.join(sorted(entries))})")
+    what = {"data": "data recipe", "model": "backbone"}.get(kind, kind)
+    raise ConfigError(f"no {what} is registered as {name!r}{hint} (known: {', '.join(sorted(entries))})")
 
 
 def names(kind: Kind) -> list[str]:

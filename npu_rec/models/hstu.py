@@ -7,8 +7,9 @@
     y  = W_o dropout(LN(O) * u) + b_o + x
 
 `production`, the ranking model (DLRM-HSTU): affine norms, a bias on the projection, SiLU on u alone,
-alpha = 1/sqrt(d_qk), no relative bias inside attention, time added once at the input, and
-`y = W_o dropout([u, a, u * a]) + x` with a = LN(O) and no bias.
+alpha = 1/sqrt(d_qk), no relative bias inside attention, time added once at the input (positions stay those of
+research, by place from the start: Meta counts from the end of the history, which training on every next item
+would let see the end), and `y = W_o dropout([u, a, u * a]) + x` with a = LN(O) and no bias.
 """
 
 from __future__ import annotations
@@ -108,7 +109,10 @@ class HSTULayer(nn.Module):
 
 
 class InputTimes(nn.Module):
-    """Time at the input, production variant: `x + P[bucket]`, bucket = trunc(sqrt(max(t_query - t, 1e-6) / 60 s))."""
+    """Time at the input, production variant: `x + P[bucket]`, bucket = trunc(sqrt(max(t_query - t, 1e-6) / 60 s)).
+
+    t_query is the time of the next event, of the request for the last one, as for the relative bias.
+    """
 
     ROWS = 2049
 
@@ -193,4 +197,6 @@ def build_research_hstu(
         max_seq_len=max_sequence_len,
         max_output_len=max_output_len,
     )
-    return SequenceEncoder(config, HSTUOptions(), OpsConfig(), num_items=num_items, seed=seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return SequenceEncoder(config, HSTUOptions(), OpsConfig(), num_items=num_items, seed=seed)

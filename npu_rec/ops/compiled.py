@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from npu_rec.errors import BackendError
+
 ISA_VARIABLE = "NPU_REC_CPU_ISA"
 
 
@@ -31,14 +33,14 @@ def instruction_set() -> str:
     """The fastest instruction set of this build and machine, or the one `NPU_REC_CPU_ISA` names.
 
     Raises:
-        RuntimeError: the named one is not available.
+        BackendError: the named one is not available.
     """
     usable: list[str] = extension().instruction_sets()
     wanted = os.environ.get(ISA_VARIABLE)
     if wanted is None:
         return usable[0]
     if wanted not in usable:
-        raise RuntimeError(f"{ISA_VARIABLE}={wanted}: this machine and build have {', '.join(usable)}")
+        raise BackendError(f"{ISA_VARIABLE}={wanted}: this machine and build have {', '.join(usable)}")
     return wanted
 
 

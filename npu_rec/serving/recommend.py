@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from npu_rec.config import load_config
+from npu_rec.config import load_resolved
 from npu_rec.data.batch import JaggedBatch
 from npu_rec.errors import CheckpointError, DataError
 from npu_rec.ops.jagged import lengths_to_offsets
@@ -54,7 +54,7 @@ class Recommender:
 
     def __init__(self, path: Path, backend: str | None = None) -> None:
         checkpoint = open_checkpoint(path)
-        config = resolve(load_config(checkpoint.config_path, [f"device.backend={backend}"] if backend else None))
+        config = resolve(load_resolved(checkpoint.config_path, [f"device.backend={backend}"] if backend else None))
         self.device = open_device(config)
         self.task = build_task(config, checkpoint.facts())
         load_weights(self.task, checkpoint.tensors("model"), str(path))
@@ -103,14 +103,16 @@ class Recommender:
             if not history.items:
                 raise DataError(f"user {history.user}: an empty history; give at least one item")
             own = history.times if history.times is not None else [0] * len(history.items)
-            if any(a > b for a, b in pairwise(own)):
+            if self.has_times and any(a > b for a, b in pairwise(own)):
                 raise DataError(f"user {history.user}: times must not go back; give the oldest event first")
             request = history.at if history.at is not None else at
             if history.times is None:
-                request = 0  # without times of the events a request time says nothing
+                if request is not None and self.has_times:
+                    raise DataError(f"user {history.user}: a request time needs the times of the events, ID@TIME")
+                request = 0
             elif request is None:
                 request = own[-1]
-            elif request < own[-1]:
+            elif self.has_times and request < own[-1]:
                 raise DataError(f"user {history.user}: request time {request} lies before the last event, {own[-1]}")
             ids = [self.id_of_raw[raw] for raw in history.items]
             seen.append(ids)

@@ -184,6 +184,13 @@ def prune(folder: Path, keep: int, best: int | None) -> None:
             shutil.rmtree(folder / f"step-{step}", ignore_errors=True)
 
 
+def drop_later(folder: Path, step: int) -> None:
+    """Delete the checkpoints after `step`: a run taken up there leaves them behind."""
+    for later in list_steps(folder):
+        if later > step:
+            shutil.rmtree(folder / f"step-{later}")
+
+
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """State of the optimiser by parameter name: `<parameter>/<state>` -> tensor."""
     return {

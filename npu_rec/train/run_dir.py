@@ -25,8 +25,9 @@ class RunDirectory:
 
     @property
     def used(self) -> bool:
-        """Whether a run has been written here."""
-        return (self.path / "config.yaml").exists()
+        """Whether a run has left results here; one that failed before its first step has not."""
+        measured = self.metrics_path.is_file() and self.metrics_path.stat().st_size > 0
+        return measured or any(self.checkpoints.glob("step-*"))
 
     def start(self, config: Config, environment: dict[str, Any], *, metrics_bytes: int, step: int) -> None:
         """Create or take up the folder; metrics past `metrics_bytes` belong to steps that are run again."""

@@ -13,6 +13,7 @@ from npu_rec.data.splits import Split, make_splits, train_item_counts
 from npu_rec.device import Device, get_device
 from npu_rec.errors import DataError
 from npu_rec.evaluation import compute_metrics
+from npu_rec.ops import OPERATORS
 from npu_rec.registry import resolve
 from npu_rec.tasks import DataFacts
 
@@ -20,6 +21,9 @@ from npu_rec.tasks import DataFacts
 def load_run_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Read a configuration, import its extensions and check every name and option in it."""
     config = resolve(load_config(path, overrides))
+    for name, backend in config.ops.model_dump().items():
+        if backend != "auto":
+            OPERATORS[name].find(backend)
     compute_metrics(torch.ones(1, dtype=torch.int64), config.eval.metrics)  # a wrong `@k` shows before training
     return config
 

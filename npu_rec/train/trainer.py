@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from npu_rec.config import Config, load_config
+from npu_rec.config import Config, load_resolved
 from npu_rec.data.batch import JaggedBatch
 from npu_rec.data.loader import TrainLoader
 from npu_rec.device import Device, device_report
-from npu_rec.errors import ConfigError, TrainingError
+from npu_rec.errors import CheckpointError, ConfigError, TrainingError
 from npu_rec.ops.jagged import offsets_to_lengths
 from npu_rec.tasks import build_task
 from npu_rec.train import checkpoint as ckpt
@@ -109,7 +109,12 @@ def _find_checkpoint(run: RunDirectory, resume: str | None) -> ckpt.Checkpoint |
     if resume is None:
         return None
     if resume != "auto":
-        return ckpt.open_checkpoint(Path(resume))
+        path = Path(resume)
+        if path.resolve().parent != run.checkpoints.resolve():
+            raise ConfigError(
+                f"--resume {path} is no checkpoint of {run.path}; train.init_from starts a new run from it"
+            )
+        return ckpt.open_checkpoint(path)
     ckpt.remove_partial(run.checkpoints)
     steps = ckpt.list_steps(run.checkpoints)
     return ckpt.open_checkpoint(run.checkpoints / f"step-{steps[-1]}") if steps else None
@@ -124,7 +129,7 @@ _MAY_CHANGE = {
 
 
 def _check_same_run(config: Config, found: ckpt.Checkpoint) -> None:
-    old = load_config(found.config_path).model_dump(mode="json")
+    old = load_resolved(found.config_path).model_dump(mode="json")
     new = config.model_dump(mode="json")
     for section, values in new.items():
         pairs = values.items() if isinstance(values, dict) else [("", values)]
@@ -159,14 +164,17 @@ class _Trainer:
             seed=config.train.seed,
         )
         steps_an_epoch = math.ceil(len(self.loader.batches(0)) / config.train.accumulate)
-        self.total_steps = min(config.train.epochs * steps_an_epoch, config.train.max_steps or 2**62)
+        self.total_steps = config.train.epochs * steps_an_epoch  # of the schedule; token budgets vary a little by epoch
         self.dtype = torch.bfloat16 if config.train.precision == "bf16" else None
         self.metrics: dict[str, dict[str, float]] = {}
 
     def _restore(self, found: ckpt.Checkpoint) -> None:
         _check_same_run(self.config, found)
         names = Position.__dataclass_fields__
+        if "position" not in found.state:
+            raise CheckpointError(f"{found.path}: holds weights alone; start from it with train.init_from")
         self.position = Position(**{k: v for k, v in found.state["position"].items() if k in names})
+        ckpt.drop_later(self.run_dir.checkpoints, self.position.step)
         ckpt.load_weights(self.task, found.tensors("model"), str(found.path))
         ckpt.load_optimizer(self.task, self.optimizer, found.tensors("optimizer"))
         random_states = found.tensors("random")
@@ -199,7 +207,9 @@ class _Trainer:
         self.peak_flops = matmul_flops(self.device, self.dtype or torch.float32)
         parameters = sum(p.numel() for p in self.task.parameters())
         with (
-            TrainProgress(self.total_steps, position.step) as self.progress,
+            TrainProgress(
+                min(self.total_steps, config.train.max_steps or self.total_steps), position.step
+            ) as self.progress,
             StepProfiler(config.train.profile, self.device, self.run_dir.path / "profile") as self.profiler,
         ):
             if resumed is not None:
@@ -229,7 +239,7 @@ class _Trainer:
                 break
             if train.checkpoint_every and position.step % train.checkpoint_every == 0 and position.batch < batches:
                 self._save()
-        epoch, mean = position.epoch + 1, position.loss_sum / max(position.weight_sum, 1.0)
+        epoch, mean = position.epoch + 1, position.loss_sum / (position.weight_sum or 1.0)
         self.run_dir.log("train", position.step, epoch, {"loss": mean, "epoch_loss": mean})
         text = f"epoch {epoch}: loss {mean:.4f}"
         improved = False
@@ -257,9 +267,12 @@ class _Trainer:
         for batch in group:
             with self.device.autocast(self.dtype):
                 losses, weights = self.task.loss(batch, position.epoch)
-            (losses / max(total_tokens, 1)).backward()
+            losses.backward()
             loss_sum += float(losses.detach())
             weight_sum += float(weights)
+        for parameter in self.task.parameters():
+            if parameter.grad is not None:
+                parameter.grad /= weight_sum or 1.0  # known only now; the same mean however the batch is cut
         norm = self._gradient_norm()
         position.batch += len(group)
         position.step += 1
@@ -273,14 +286,14 @@ class _Trainer:
         else:
             raise TrainingError(
                 f"step {position.step} (epoch {position.epoch + 1}): loss {loss_sum}, gradient norm {norm}. "
-                f"The last checkpoint in {self.run_dir.checkpoints} is good; lower train.lr, set train.clip_norm, "
-                "or set train.nan: skip"
+                "Lower train.lr, set train.clip_norm, or set train.nan: skip; `--resume auto` goes on from the last "
+                "checkpoint"
             )
         self.profiler.step()
         self.device.synchronize()
         seconds = perf_counter() - start
         position.train_seconds += seconds
-        self._log_step(group, loss_sum / max(weight_sum, 1.0), lr, norm, total_tokens, seconds)
+        self._log_step(group, loss_sum / (weight_sum or 1.0), lr, norm, total_tokens, seconds)
 
     def _gradient_norm(self) -> float:
         gradients = [p.grad for p in self.task.parameters() if p.grad is not None]
