@@ -62,7 +62,10 @@ def _emit(as_json: bool, document: Any, show: Callable[[Console], None]) -> None
     if as_json:
         print(json.dumps(document, indent=1, default=str))
     else:
-        show(Console(highlight=False, soft_wrap=True))
+        console = Console(highlight=False, soft_wrap=True)
+        if not console.is_terminal:
+            console.width = 140  # a file or a pipe has no width of its own
+        show(console)
 
 
 def _version(value: bool) -> None:
@@ -238,6 +241,38 @@ def data_prepare(
         console.print(f"prepared data  {path}")
 
     _emit(as_json, document, show)
+
+
+@app.command()
+def bench(
+    name: Annotated[str, typer.Argument(help="attention, loss or train-step.")],
+    device: Annotated[str, typer.Option(help="auto, ascend, cuda or cpu.")] = "auto",
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each; the median counts.")] = 5,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Time operators against the plain PyTorch form in the same run."""
+    from dataclasses import asdict
+
+    from npu_rec.bench import SUITES, run_suite
+    from npu_rec.device import get_device
+
+    if name not in SUITES:
+        raise UserError(f"no benchmark {name!r}; there are {', '.join(SUITES)}")
+    place = get_device(device)  # type: ignore[arg-type]
+    place.set_threads(threads)
+    rows = run_suite(name, place, repeats=repeats)
+
+    def show(console: Console) -> None:
+        table = Table("backend", "shape", "forward ms", "backward ms", "speedup", "extra MiB", "of GEMM rate")
+        for row in rows:
+            extra = "" if row.peak_extra_bytes is None else f"{row.peak_extra_bytes / 2**20:.0f}"
+            share = "" if row.fraction_of_gemm is None else f"{row.fraction_of_gemm:.0%}"
+            times = (f"{row.forward_ms:.1f}", f"{row.backward_ms:.1f}", f"{row.speedup:.1f}x")
+            table.add_row(row.backend, row.shape, *times, extra, share)
+        console.print(table)
+
+    _emit(as_json, {"device": place.name, "rows": [asdict(row) for row in rows]}, show)
 
 
 @app.command()

@@ -81,8 +81,8 @@ class ModelConfig(Section):
     max_seq_len: Positive = Field(200, description="Most recent events of a user that the model sees.")
     max_output_len: Positive = Field(
         11,
-        description="Places behind the history, for candidates. N = max_seq_len + max_output_len sizes the position tables and "
-        "divides the attention.",
+        description="Places behind the history, for candidates. N = max_seq_len + max_output_len sizes position tables "
+        "and divides the attention.",
     )
     options: dict[str, Any] = Field(default_factory=dict, description="Options of the backbone.")
 

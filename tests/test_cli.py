@@ -119,10 +119,23 @@ def test_prepare_names_file_row_and_column(tmp_path: Path) -> None:
 def test_doctor(tmp_path: Path) -> None:
     document = npu_rec_json("doctor")
     assert document["device"]["cpu"]["available"] is True
-    assert document["operators"]["hstu_attention"] == {"tiled": None, "reference": None}
+    assert list(document["operators"]["hstu_attention"]) == ["cpp", "tiled", "reference"]
+    assert document["operators"]["hstu_attention"]["tiled"] is None
     shown = npu_rec("doctor").stdout
     assert "sampled_softmax_loss" in shown
     assert len(shown.splitlines()) < 50
+
+
+def test_bench_compares_in_one_run() -> None:
+    document = npu_rec_json("bench", "train-step", "--repeats", 1, "--threads", 1)
+    rows = {row["backend"]: row for row in document["rows"]}
+    assert rows["references"]["speedup"] == 1.0
+    assert rows["auto"]["speedup"] > 1.0
+    keys = {"name", "backend", "shape", "forward_ms", "backward_ms", "speedup", "peak_extra_bytes", "fraction_of_gemm"}
+    assert rows["auto"].keys() == keys
+    done = npu_rec("bench", "attn")
+    assert done.returncode == 2
+    assert "attention, loss, train-step" in done.stderr
 
 
 @pytest.mark.parametrize("backend", ["ascend", "cuda"])

@@ -142,7 +142,7 @@ def test_a_number_may_be_written_with_an_exponent(number: str) -> None:
 
 
 def test_unregistered_names_are_refused_with_the_nearest() -> None:
-    assert refusal("model.backbone=hst") == "no model is registered as 'hst'; did you mean 'hstu'? (known: hstu)"
+    assert refusal("model.backbone=hst") == "no backbone is registered as 'hst'; did you mean 'hstu'? (known: hstu)"
     assert refusal("task.name=qqq") == "no task is registered as 'qqq' (known: retrieval)"
     assert "did you mean 'ml-100k'?" in refusal("data.name=ml-100")
     assert "did you mean 'ndcg'?" in refusal("eval.metrics=[ndgc@10]", "eval.select=ndgc@10")

@@ -20,12 +20,17 @@ def attention(
     v: Tensor,
     position_weight: Tensor | None,
     time_weight: Tensor | None,
+    *,
+    pad_to: int | None = None,
 ) -> Tensor:
-    """The operator for given q, k, v and weights, everything else from `request`; `[T, H, Dv]`."""
+    """The operator for given q, k, v and weights, everything else from `request`; `[T, H, Dv]`.
+
+    `pad_to` is the padded length; the longest sequence of the batch by default.
+    """
     if q.shape[0] == 0:
         return v * 1.0
     offsets, dtype = request.offsets, request.compute_dtype
-    length = int(offsets_to_lengths(offsets).max())
+    length = int(offsets_to_lengths(offsets).max()) if pad_to is None else pad_to
 
     def pad(x: Tensor) -> Tensor:
         return jagged_to_padded(x, offsets, length)

@@ -14,7 +14,7 @@ from npu_rec.ops.registry import Backend
 from npu_rec.ops.sampled_softmax_loss_request import SampledSoftmaxRequest
 
 DENSE_RATIO = 64
-FLOATS_AT_ONCE = 1 << 22  # bounds the memory of a chunk
+FLOATS_AT_ONCE = 1 << 20  # bounds the memory of a chunk
 
 
 class _Work:
