@@ -48,15 +48,17 @@ def killed_when(shop: Path, folder: Path, condition: Any, slow_save: bool = Fals
     assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
 
 
-def final_weights(folder: Path) -> dict[str, torch.Tensor]:
+def final_tensors(folder: Path) -> dict[str, torch.Tensor]:
     step = ckpt.list_steps(folder / "checkpoints")[-1]
     assert step == 24
-    return ckpt.open_checkpoint(folder / "checkpoints" / f"step-{step}").tensors("model")
+    checkpoint = ckpt.open_checkpoint(folder / "checkpoints" / f"step-{step}")
+    groups = ("model", "optimizer", "random", "facts")
+    return {f"{group}.{name}": value for group in groups for name, value in checkpoint.tensors(group).items()}
 
 
 def assert_resumes_to(shop: Path, folder: Path, undisturbed: Path) -> dict[str, Any]:
     document = npu_rec_json("train", shop, *OPTIONS, "--run-dir", folder, "--resume", "auto")
-    ours, theirs = final_weights(folder), final_weights(undisturbed)
+    ours, theirs = final_tensors(folder), final_tensors(undisturbed)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     return document
 
