@@ -152,7 +152,9 @@ def recommend(
         Path | None,
         typer.Option(help="File with a history a line: USER<TAB>ID[@TIME],...[<TAB>REQUEST_TIME], or JSON lines."),
     ] = None,
-    at: Annotated[int | None, typer.Option(help="Time of the request in seconds; the last event's by default.")] = None,
+    at: Annotated[
+        int | None, typer.Option(max=10**17, help="Time of the request in seconds; the last event's by default.")
+    ] = None,
     top_k: Annotated[int, typer.Option(min=1, help="How many items.")] = 10,
     device: Annotated[str | None, typer.Option(help="auto, ascend, cuda or cpu; as trained by default.")] = None,
     as_json: JsonOption = False,

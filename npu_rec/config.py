@@ -107,7 +107,7 @@ class TrainConfig(Section):
     )
     accumulate: Positive = Field(1, description="Batches whose gradients one optimiser step adds up.")
     lr: float = Field(1e-3, gt=0, description="Peak learning rate of AdamW.")
-    betas: tuple[float, float] = Field((0.9, 0.98), description="AdamW betas.")
+    betas: tuple[Probability, Probability] = Field((0.9, 0.98), description="AdamW betas.")
     eps: float = Field(1e-8, gt=0, description="AdamW epsilon.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
     schedule: Literal["constant", "cosine"] = Field("constant", description="Learning rate after the warm-up.")

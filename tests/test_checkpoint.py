@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from conftest import npu_rec, npu_rec_json
 from npu_rec.errors import CheckpointError
 from npu_rec.train import checkpoint as ckpt
 from npu_rec.train import load_run_config, train
+from npu_rec.train.run_dir import RunDirectory
 
 OPTIONS = ("--set", "train.epochs=6", "--set", "train.checkpoint_every=3", "--set", "train.keep_checkpoints=3")
 
@@ -158,3 +160,34 @@ def test_old_checkpoints_go_and_the_best_stays(shop: Path, tmp_path: Path) -> No
     assert len(steps) <= 3
     assert int(result.checkpoint.name.removeprefix("step-")) in steps
     assert steps[-1] == 24
+
+
+def test_another_map_of_item_ids_is_refused(shop: Path, tmp_path: Path, undisturbed: Path) -> None:
+    """The same events in another order number the items anew: weights would be read for other items."""
+    source = tmp_path / "source"
+    source.mkdir()
+    header, *events = (shop.parent / "source" / "events.csv").read_text().splitlines()
+    (source / "events.csv").write_text("\n".join([header, *reversed(events)]) + "\n")
+    (source / "items.csv").write_text((shop.parent / "source" / "items.csv").read_text())
+    other = ["--set", f"data.source={source}", "--set", f"data.dir={tmp_path / 'prepared'}"]
+    checkpoint = undisturbed / "checkpoints" / "step-24"
+    copy = tmp_path / "run"
+    shutil.copytree(undisturbed, copy)
+    for command in (
+        ("evaluate", shop, "--checkpoint", checkpoint),
+        ("train", shop, *OPTIONS, "--run-dir", copy, "--resume", "auto"),
+        ("train", shop, "--run-dir", tmp_path / "warm", "--set", f"train.init_from={checkpoint}"),
+        ("convert", checkpoint, tmp_path / "converted", "--config", shop),
+    ):
+        done = npu_rec(*command, *other)
+        assert done.returncode == 2
+        assert "was trained with other item ids" in done.stderr
+
+
+def test_one_process_at_a_time(shop: Path, tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    with run.lock():
+        done = npu_rec("train", shop, "--run-dir", tmp_path / "run")
+    assert done.returncode == 2
+    assert "another process" in done.stderr
+    assert npu_rec("train", shop, "--run-dir", tmp_path / "run", "--set", "train.epochs=1").returncode == 0

@@ -74,6 +74,8 @@ def test_recommend_from_files_equals_one_by_one(trained: dict[str, Any], tmp_pat
     [
         (["--history", "sku-999"], "'sku-999' is not in the model's catalogue"),
         (["--history", "sku-1@x"], "whole seconds"),
+        (["--history", "sku-1@99999999999999999999"], "whole seconds"),
+        (["--history", "sku-1", "--at", "5"], "needs the times of the events"),
         (["--history", "sku-1@5,sku-2"], "1 of 2 items have a time"),
         (["--history", "sku-1@5,sku-2@4"], "must not go back"),
         (["--history", "sku-1@5", "--at", "4"], "lies before the last event"),
@@ -90,7 +92,12 @@ def test_recommend_answers_bad_input_in_one_line(trained: dict[str, Any], argume
 
 
 def test_recommend_names_the_line_of_a_bad_file(trained: dict[str, Any], tmp_path: Path) -> None:
-    for content in ("a\tsku-1\nb\n", 'a\tsku-1\n{"user": "b", "history": 3}\n', 'a\tsku-1\n{"user": }\n'):
+    for content in (
+        'a\tsku-1\n{"user": "b", "history": ["sku-1"], "time": [3]}\n',
+        "a\tsku-1\nb\n",
+        'a\tsku-1\n{"user": "b", "history": 3}\n',
+        'a\tsku-1\n{"user": }\n',
+    ):
         (tmp_path / "users").write_text(content)
         done = npu_rec("recommend", "--checkpoint", trained["checkpoint"], "--users", tmp_path / "users")
         assert done.returncode == 2

@@ -10,6 +10,8 @@ import polars as pl
 import pytest
 from test_data_recipes import sequences, store_of, write
 
+from npu_rec.errors import DataError
+
 EVENTS = "user,item,timestamp,kind,note\nbo,x9,3,buy,a\nal,x1,2,view,b\nbo,x1,1,view,c\nal,x9,2,cart,d\n"
 SEQUENCES = {"bo": [(2, 1, 0), (1, 3, 2)], "al": [(2, 2, 0), (1, 2, 1)]}  # x9 is 1, x1 is 2
 ACTIONS = {"action": "kind", "action_values": ["view", "cart", "buy"]}
@@ -117,3 +119,16 @@ def test_byte_order_mark(tmp_path: Path) -> None:
     for text in ("user,item,timestamp\n1,b,5\n", '"user",item,timestamp\n1,b,5\n'):
         (tmp_path / "e.csv").write_text("\ufeff" + text, encoding="utf-8")
         assert sequences(store_of("interactions", tmp_path / "e.csv", tmp_path)) == {"1": [(1, 5)]}
+
+
+def test_seconds_taken_for_milliseconds_are_refused(tmp_path: Path) -> None:
+    source = write(tmp_path / "in", events_csv="user,item,timestamp\n" + "a,x,1600000000\nb,y,1600000001\n")
+    with pytest.raises(DataError, match=r"before 1973 in milliseconds.*time_unit"):
+        store_of("interactions", source, tmp_path, options={"time_unit": "ms"})
+
+
+@pytest.mark.parametrize("bad", ['a,"x,5\n', 'a,"x,5\nb,y",6,7\n'])
+def test_a_stray_quote_never_swallows_rows(tmp_path: Path, bad: str) -> None:
+    source = write(tmp_path / "in", events_csv="user,item,timestamp\na,w,4\n" + bad + "b,y,6\nc,z,7\n")
+    with pytest.raises(DataError, match=r"row 3: a quote opened here runs to row"):
+        store_of("interactions", source, tmp_path, on_bad_row="drop")

@@ -19,6 +19,7 @@ MAX_ID = 2**31 - 1
 TimeUnit = Literal["s", "ms", "us", "ns", "iso8601"]
 _PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 _UNIT_NAMES = {"s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds"}
+_EARLIEST_MOSTLY = 10**8  # seconds: March 1973
 _LATEST = 10**11  # seconds: the year 5138; the same number of milliseconds is the year 1973
 
 
@@ -173,6 +174,12 @@ class Seconds(Kind):
         if late.any():
             mostly = 2 * int(late.sum()) > len(late)
             problems.append(Problem(late, self._explain(int(values.filter(late)[0])), fatal=mostly))
+        early = ((values >= 0) & (values < _EARLIEST_MOSTLY)).fill_null(False)
+        if self.unit != "s" and self.option and 2 * int(early.sum()) > len(early):
+            hint = (
+                f"is before 1973 in {_UNIT_NAMES[self.unit]}, like most here; set {self.option} to the unit of the file"
+            )
+            problems.append(Problem(early, hint, fatal=True))
         return values, problems
 
     def _explain(self, seconds: int) -> str:

@@ -90,7 +90,7 @@ def open_text(path: Path, shown: str, layout: TextFormat) -> TextTable:
     if layout.quoted and _contains_quote(path):
         for _ in _pieces(path, shown, layout.encoding, end):
             pass  # decoded once before, since the csv module cannot say where a byte is wrong
-        records = _quoted_records(path, layout)
+        records = _quoted_records(path, shown, layout)
         names = list(layout.names) or [layout.clean_name(name) for name in _header(records, shown)]
         return TextTable(names, _quoted_blocks(records, len(names)), cut)
     pieces = _pieces(path, shown, layout.encoding, end)
@@ -166,8 +166,13 @@ def _split(row: int, text: str, separator: str, count: int) -> Block:
 _Record = tuple[int, list[str], str]  # line number, fields, what is wrong
 
 
-def _quoted_records(path: Path, layout: TextFormat) -> Iterator[_Record]:
-    """Records of the csv module; blank lines at the end left out."""
+def _quoted_records(path: Path, shown: str, layout: TextFormat) -> Iterator[_Record]:
+    """Records of the csv module; blank lines at the end left out.
+
+    A bad record over several lines is an error even where bad rows are dropped: its quote was opened by mistake and
+    took good rows with it.
+    """
+    expected = len(layout.names)
     encoding = "utf-8-sig" if layout.encoding == "utf-8" else layout.encoding
     with path.open(encoding=encoding, newline="") as file:
         reader = csv.reader(file, delimiter=layout.separator, strict=True)
@@ -180,6 +185,12 @@ def _quoted_records(path: Path, layout: TextFormat) -> Iterator[_Record]:
                 return
             except csv.Error as error:
                 note = f"cannot be read as CSV: {error}"
+            expected = expected or len(fields)
+            if reader.line_num > row and (note or len(fields) != expected):
+                raise DataError(
+                    f"{shown}: row {row}: a quote opened here runs to row {reader.line_num}; "
+                    "double the quote or remove it"
+                )
             if not fields and not note:
                 blank.append(row)
                 continue

@@ -10,16 +10,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import torch
 
 from npu_rec.config import load_resolved
 from npu_rec.data.batch import JaggedBatch
-from npu_rec.errors import CheckpointError, DataError
+from npu_rec.errors import DataError
 from npu_rec.ops.jagged import lengths_to_offsets
 from npu_rec.registry import resolve
 from npu_rec.tasks import build_task
-from npu_rec.train.checkpoint import load_weights, open_checkpoint
+from npu_rec.train.checkpoint import load_weights, open_checkpoint, read_items
 from npu_rec.train.setup import open_device
 
 log = logging.getLogger(__name__)
@@ -60,11 +59,7 @@ class Recommender:
         load_weights(self.task, checkpoint.tensors("model"), str(path))
         self.task.to(self.device.torch_device).eval()
         self.max_seq_len, self.has_times = config.model.max_seq_len, bool(checkpoint.state["has_times"])
-        try:
-            with pa.memory_map(str(checkpoint.items_path)) as file:
-                items = pa.ipc.open_file(file).read_all()
-        except (pa.ArrowInvalid, OSError) as error:
-            raise CheckpointError(f"{checkpoint.items_path}: cannot be read: {error}") from None
+        items = read_items(checkpoint.items_path)
         ids, raw = items.column("item_id").to_pylist(), [str(x) for x in items.column("raw_id").to_pylist()]
         self.id_of_raw = dict(zip(raw, ids, strict=True))
         self.raw_of_id = dict(zip(ids, raw, strict=True))
@@ -151,8 +146,11 @@ def parse_history(text: str, user: str = "-", at: int | None = None) -> History:
             raise DataError(f"history {text!r}: an empty item; expected ID[@TIME],ID[@TIME],...")
         item, at_sign, time = part.rpartition("@")
         if at_sign:
-            if not time.lstrip("-").isdigit():
-                raise DataError(f"history {text!r}: {part!r}: the time must be whole seconds")
+            if not _is_time(time):
+                raise DataError(
+                    f"history {text!r}: {part!r}: the time must be whole seconds "
+                    "(ids with @ or a comma: JSON lines, --users)"
+                )
             times.append(int(time))
         items.append(item if at_sign else part)
     if times and len(times) != len(items):
@@ -184,24 +182,33 @@ def read_users(path: Path) -> list[History]:
     return histories
 
 
+def _is_time(text: str) -> bool:
+    return text.removeprefix("-").isdecimal() and len(text) < 18  # fits int64
+
+
 def _from_text(line: str) -> History:
     fields = line.rstrip("\n").split("\t")
     if len(fields) not in (2, 3):
         raise DataError(f"{len(fields)} tab-separated fields; expected USER, HISTORY and maybe REQUEST_TIME")
-    if len(fields) == 3 and not fields[2].strip().lstrip("-").isdigit():
+    if len(fields) == 3 and not _is_time(fields[2].strip()):
         raise DataError(f"request time {fields[2]!r} is not whole seconds")
     return parse_history(fields[1], fields[0], int(fields[2]) if len(fields) == 3 else None)
 
 
 def _from_json(line: str) -> History:
     value = json.loads(line)
+    unknown = sorted(set(value) - {"user", "history", "times", "at"})
+    if unknown:
+        raise DataError(f"unknown key {unknown[0]!r}; there are user, history, times and at")
     items, times, at = value.get("history"), value.get("times"), value.get("at")
     if not isinstance(items, list) or not all(isinstance(x, (str, int)) for x in items):
         raise DataError("`history` must be a list of item ids")
-    if times is not None and (not isinstance(times, list) or not all(isinstance(t, int) for t in times)):
+    if times is not None and (
+        not isinstance(times, list) or not all(isinstance(t, int) and _is_time(str(t)) for t in times)
+    ):
         raise DataError("`times` must be a list of whole seconds")
     if times is not None and len(times) != len(items):
         raise DataError(f"{len(times)} times for {len(items)} items")
-    if at is not None and not isinstance(at, int):
+    if at is not None and not (isinstance(at, int) and _is_time(str(at))):
         raise DataError("`at` must be whole seconds")
     return History(str(value.get("user", "-")), [str(x) for x in items], times, at)

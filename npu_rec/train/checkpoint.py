@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -71,12 +72,38 @@ class Checkpoint:
                 raise CheckpointError(f"{self.path}: cannot be read: {error}") from None
         return {name.removeprefix(f"{prefix}."): value for name, value in wanted.items()}
 
+    def check_items(self, items: Path) -> None:
+        """Raise CheckpointError unless the items of a prepared data set have the ids they had in training."""
+        trained, given = (
+            dict(zip(*(table.column(c).to_pylist() for c in ("raw_id", "item_id")), strict=True))
+            for table in (read_items(self.items_path), read_items(items))
+        )
+        if trained == given:
+            return
+        raw = next((x for x in trained if trained[x] != given.get(x)), None) or next(
+            x for x in given if x not in trained
+        )
+        here, there = trained.get(raw, "unknown"), given.get(raw, "unknown")
+        raise CheckpointError(
+            f"{self.path}: was trained with other item ids: item {raw!r} is {here} there and {there} in this data set; "
+            "use the data it was trained on"
+        )
+
     def facts(self) -> DataFacts:
         """What the model knows of its data set."""
         tensors = self.tensors("facts")
         return DataFacts(
             self.state["num_items"], tensors["catalogue"], tensors["item_counts"], bool(self.state["has_times"])
         )
+
+
+def read_items(path: Path) -> pa.Table:
+    """The item table of a prepared data set or a checkpoint."""
+    try:
+        with pa.memory_map(str(path)) as file:
+            return pa.ipc.open_file(file).read_all()
+    except (pa.ArrowInvalid, OSError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from None
 
 
 def save(
@@ -142,8 +169,12 @@ def open_checkpoint(path: Path) -> Checkpoint:
         CheckpointError: not a checkpoint, or a file is missing, truncated or altered; the file is named.
     """
     manifest_path = path / MANIFEST
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such checkpoint")
     if not manifest_path.is_file():
-        raise CheckpointError(f"{path}: not a checkpoint (no {MANIFEST})")
+        steps = list_steps(path / "checkpoints")
+        hint = f"; did you mean {path / 'checkpoints' / f'step-{steps[-1]}'}?" if steps else ""
+        raise CheckpointError(f"{path}: not a checkpoint (no {MANIFEST}){hint}")
     try:
         manifest = json.loads(manifest_path.read_text())
         files = {str(name): (str(e["sha256"]), int(e["bytes"])) for name, e in manifest["files"].items()}

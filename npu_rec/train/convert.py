@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -43,6 +42,8 @@ def convert(source: Path, target: Path, config: Config) -> Path:
     if source.is_file() and source.suffix in _META:
         load_meta_state_dict(_encoder(task, source), _read_meta(source))
     else:
+        if source.is_dir():
+            ckpt.open_checkpoint(source).check_items(data.path / "items.arrow")
         ckpt.load_weights(task, read_weights(source), str(source))
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.suffix == ".safetensors":
@@ -74,8 +75,8 @@ def _encoder(task: Task, path: Path) -> torch.nn.Module:
 def _read_meta(path: Path) -> Mapping[str, Tensor]:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # whatever the unpickler makes of a file that is none
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{path}: not a checkpoint that torch.load(weights_only=True) reads: {reason}") from None
     for key in ("model_state_dict", "state_dict"):
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):

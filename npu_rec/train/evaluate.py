@@ -14,7 +14,6 @@ from npu_rec.config import Config
 from npu_rec.data.batch import JaggedBatch
 from npu_rec.data.splits import Split
 from npu_rec.device import Device
-from npu_rec.errors import CheckpointError
 from npu_rec.tasks import Task, build_task
 from npu_rec.train.checkpoint import load_weights, open_checkpoint
 from npu_rec.train.setup import open_data, open_device
@@ -52,11 +51,7 @@ def evaluate(config: Config, checkpoint_path: Path) -> EvaluateResult:
     checkpoint = open_checkpoint(checkpoint_path)
     device = open_device(config)
     data = open_data(config)
-    if data.facts.num_items != checkpoint.state["num_items"]:
-        raise CheckpointError(
-            f"{checkpoint_path}: was trained with items up to id {checkpoint.state['num_items']}, "
-            f"{config.data.name} has ids up to {data.facts.num_items}"
-        )
+    checkpoint.check_items(data.path / "items.arrow")
     task = build_task(config, data.facts)
     load_weights(task, checkpoint.tensors("model"), str(checkpoint_path))
     task.to(device.torch_device)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,25 @@ class RunDirectory:
         """Whether a run has left results here; one that failed before its first step has not."""
         measured = self.metrics_path.is_file() and self.metrics_path.stat().st_size > 0
         return measured or any(self.checkpoints.glob("step-*"))
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other processes out of this folder; the system releases the lock however this one ends.
+
+        Raises:
+            ConfigError: another process is training here.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = (self.path / ".lock").open("w")
+        except OSError as error:
+            raise ConfigError(f"{self.path}: the run directory cannot be written: {error}") from None
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(f"{self.path}: another process is training in this run directory") from None
+            yield
 
     def start(self, config: Config, environment: dict[str, Any], *, metrics_bytes: int, step: int) -> None:
         """Create or take up the folder; metrics past `metrics_bytes` belong to steps that are run again."""

@@ -87,16 +87,16 @@ def train(config: Config, *, run_dir: str | Path | None = None, resume: str | No
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world > 1:
         raise ConfigError(f"WORLD_SIZE is {world}: training on several processes does not exist yet; start one process")
-    run = RunDirectory(Path(run_dir) if run_dir is not None else _default_run_dir(config, resume))
-    found = _find_checkpoint(run, resume)
-    if found is None and run.used and resume != "auto":
-        raise ConfigError(
-            f"{run.path} holds a run already: `--resume auto` continues it, `--run-dir PATH` or `--set name=NAME` "
-            "starts another beside it"
-        )
     device = open_device(config)
-    data = open_data(config)
-    return _Trainer(config, run, device, data, found).run()
+    run = RunDirectory(Path(run_dir) if run_dir is not None else _default_run_dir(config, resume))
+    with run.lock():
+        found = _find_checkpoint(run, resume)
+        if found is None and run.used and resume != "auto":
+            raise ConfigError(
+                f"{run.path} holds a run already: `--resume auto` continues it, `--run-dir PATH` or `--set name=NAME` "
+                "starts another beside it"
+            )
+        return _Trainer(config, run, device, open_data(config), found).run()
 
 
 def _default_run_dir(config: Config, resume: str | None) -> Path:
@@ -156,6 +156,8 @@ class _Trainer:
         if found is not None:
             self._restore(found)
         elif config.train.init_from is not None:
+            if config.train.init_from.is_dir():
+                ckpt.open_checkpoint(config.train.init_from).check_items(data.path / "items.arrow")
             ckpt.load_weights(self.task, read_weights(config.train.init_from), str(config.train.init_from))
         self.loader = TrainLoader(
             data.splits["train"],
@@ -170,6 +172,7 @@ class _Trainer:
 
     def _restore(self, found: ckpt.Checkpoint) -> None:
         _check_same_run(self.config, found)
+        found.check_items(self.data.path / "items.arrow")
         names = Position.__dataclass_fields__
         if "position" not in found.state:
             raise CheckpointError(f"{found.path}: holds weights alone; start from it with train.init_from")
