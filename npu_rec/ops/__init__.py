@@ -5,6 +5,7 @@ from npu_rec.ops.hstu_attention import hstu_attention
 from npu_rec.ops.norm_gate import norm_gate
 from npu_rec.ops.registry import OPERATORS, Backend, Operator
 from npu_rec.ops.relative_bias import RelativeBias
+from npu_rec.ops.row_optimizer import RowOptimizer
 from npu_rec.ops.sampled_softmax_loss import sampled_softmax_loss
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "Backend",
     "Operator",
     "RelativeBias",
+    "RowOptimizer",
     "embedding_lookup",
     "hstu_attention",
     "norm_gate",

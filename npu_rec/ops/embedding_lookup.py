@@ -1,58 +1,76 @@
-"""Rows of an embedding table."""
+"""Rows of an embedding table, and, on request, their update in the backward pass."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from npu_rec.ops.registry import Backend, operator
-
-
-@dataclass(frozen=True)
-class EmbeddingLookupRequest:
-    """Arguments of `embedding_lookup` (shapes there)."""
-
-    table: Tensor
-    ids: Tensor
-
-    @staticmethod
-    def sample(device: torch.device) -> EmbeddingLookupRequest:
-        """A small request: V = 8, D = 16, T = 4."""
-        return EmbeddingLookupRequest(torch.zeros(8, 16, device=device), torch.arange(4, device=device))
-
-
-def _reference_forward(request: EmbeddingLookupRequest) -> Tensor:
-    return request.table.index_select(0, request.ids)
-
-
-def _reference_backward(request: EmbeddingLookupRequest, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return (grad.new_zeros(request.table.shape).index_add_(0, request.ids, grad),)
-
+from npu_rec.ops import embedding_lookup_reference
+from npu_rec.ops.embedding_lookup_request import EmbeddingLookupRequest
+from npu_rec.ops.registry import operator
+from npu_rec.ops.row_optimizer import RowOptimizer, RowUpdate
 
 EMBEDDING_LOOKUP = operator(
     "embedding_lookup",
-    Backend("reference", _reference_forward, _reference_backward),
+    embedding_lookup_reference.BACKEND,
     sample=EmbeddingLookupRequest.sample,
 )
 
 
-def embedding_lookup(table: Tensor, ids: Tensor, *, backend: str = "auto") -> Tensor:
-    """`table [V, D]`, `ids [T]` int64 -> `[T, D]`; the gradient of the table is dense.
+def embedding_lookup(
+    table: Tensor, ids: Tensor, *, optimizer: RowOptimizer | None = None, backend: str = "auto"
+) -> Tensor:
+    """Rows `[T, D]` of a table.
+
+    Args:
+        table: `[V, D]`, float.
+        ids: `[T]` int64.
+        optimizer: None: the gradient of `table` is an ordinary dense one. Otherwise the backward pass updates the
+            rows in place and `table` gets no gradient: every lookup is one update, in which equal ids are summed
+            first; `table` must require a gradient all the same, or there is no backward pass.
+        backend: `auto`, or the name of one.
 
     Raises:
         ValueError: shapes do not fit.
-        IndexError: an id lies outside the table.
+        IndexError: an id lies outside the table (on the CPU; an accelerator would have to wait for the answer).
     """
     if table.dim() != 2 or ids.dim() != 1:
         raise ValueError(f"table must be [V, D] and ids [T], got {list(table.shape)}, {list(ids.shape)}")
-    return torch.ops.npu_rec.embedding_lookup(table, ids, backend)  # type: ignore[no-any-return]
+    if optimizer is None:
+        return torch.ops.npu_rec.embedding_lookup(table, ids, backend)  # type: ignore[no-any-return]
+    return _FusedLookup.apply(table, ids, optimizer, backend)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _FusedLookup(torch.autograd.Function):
+    """A lookup whose backward pass is an update. Not an operator of its own: an operator must not change its inputs
+    in a backward pass that autograd knows of."""
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, ids: Tensor, optimizer: RowOptimizer, backend: str) -> Tensor:
+        # the table is changed before other lookups of the same pass come to their turn, so it is not "saved"
+        ctx.table, ctx.optimizer, ctx.backend = table.detach(), optimizer, backend
+        ctx.save_for_backward(ids)
+        return torch.ops.npu_rec.embedding_lookup(table.detach(), ids, backend)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None, None]:  # type: ignore[override]
+        optimizer: RowOptimizer = ctx.optimizer
+        optimizer.prepare(ctx.table)
+        optimizer.step += 1
+        (ids,) = ctx.saved_tensors
+        torch.ops.npu_rec.embedding_update(
+            ctx.table, optimizer.square, optimizer.momentum, ids, grad, optimizer.name, optimizer.lr,
+            *optimizer.betas, optimizer.eps, optimizer.max_norm, optimizer.step, ctx.backend,
+        )  # fmt: skip
+        return None, None, None, None
 
 
 @torch.library.custom_op("npu_rec::embedding_lookup", mutates_args=())
 def _forward(table: Tensor, ids: Tensor, backend: str) -> Tensor:
     request = EmbeddingLookupRequest(table, ids)
+    request.check()
     return EMBEDDING_LOOKUP.forward(request, backend, table.device)  # type: ignore[no-any-return]
 
 
@@ -70,6 +88,28 @@ def _backward(grad: Tensor, table: Tensor, ids: Tensor, backend: str) -> Tensor:
 @_backward.register_fake
 def _(grad: Tensor, table: Tensor, ids: Tensor, backend: str) -> Tensor:
     return table.new_empty(table.shape)
+
+
+@torch.library.custom_op("npu_rec::embedding_update", mutates_args=("table", "square", "momentum"))
+def _update(
+    table: Tensor,
+    square: Tensor | None,
+    momentum: Tensor | None,
+    ids: Tensor,
+    grad: Tensor,
+    name: str,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    max_norm: float | None,
+    step: int,
+    backend: str,
+) -> None:
+    update = RowUpdate(name, lr, (beta1, beta2), eps, max_norm, step, square, momentum)  # type: ignore[arg-type]
+    request = EmbeddingLookupRequest(table, ids, update)
+    request.check()
+    EMBEDDING_LOOKUP.backward(request, backend, table.device, grad)
 
 
 def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:  # type: ignore[type-arg]

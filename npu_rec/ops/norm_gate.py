@@ -2,72 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
-from torch.nn.functional import layer_norm
 
-from npu_rec.ops.random import dropout as keyed_dropout
-from npu_rec.ops.registry import Backend, operator
-
-
-@dataclass(frozen=True)
-class NormGateRequest:
-    """Arguments of `norm_gate` (shapes there)."""
-
-    x: Tensor
-    gate: Tensor
-    weight: Tensor | None
-    bias: Tensor | None
-    dropout_keys: Tensor | None
-    eps: float
-    dropout: float
-
-    @staticmethod
-    def sample(device: torch.device) -> NormGateRequest:
-        """A small request: T = 4, C = 16."""
-        x, keys = torch.zeros(4, 16, device=device), torch.zeros(4, dtype=torch.int64, device=device)
-        return NormGateRequest(x, x, None, None, keys, 1e-6, 0.1)
-
-
-def _computed(request: NormGateRequest) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """x, gate, weight, bias in float32 at least.
-
-    PyTorch's LayerNorm on a CPU sums the gradients of weight and bias in the dtype of x: in bfloat16,
-    half of the gradient is lost at 4,096 tokens.
-    """
-    dtype = torch.float64 if request.x.dtype == torch.float64 else torch.float32
-    weight = None if request.weight is None else request.weight.to(dtype)
-    bias = None if request.bias is None else request.bias.to(dtype)
-    return request.x.to(dtype), request.gate.to(dtype), weight, bias
-
-
-def _reference_forward(request: NormGateRequest) -> Tensor:
-    x, gate, weight, bias = _computed(request)
-    normalised = layer_norm(x, x.shape[-1:], weight, bias, request.eps)
-    return keyed_dropout(normalised * gate, request.dropout, request.dropout_keys).to(request.x.dtype)
-
-
-def _reference_backward(request: NormGateRequest, grad: Tensor) -> tuple[Tensor | None, ...]:
-    # not `backward_by_autograd`: torch.func fails inside a TorchDispatchMode such as FlopCounterMode
-    x, gate, weight, bias = _computed(request)
-    normalised, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], weight, bias, request.eps)
-    d_product = keyed_dropout(grad.to(x.dtype), request.dropout, request.dropout_keys)
-    wanted = [True, weight is not None, bias is not None]
-    dx, d_weight, d_bias = torch.ops.aten.native_layer_norm_backward(
-        d_product * gate, x, x.shape[-1:], mean, rstd, weight, bias, wanted
-    )
-    return (
-        dx.to(request.x.dtype),
-        (d_product * normalised).to(request.gate.dtype),
-        None if request.weight is None else d_weight.to(request.weight.dtype),
-        None if request.bias is None else d_bias.to(request.bias.dtype),
-    )
-
+from npu_rec.ops import norm_gate_reference
+from npu_rec.ops.norm_gate_request import NormGateRequest
+from npu_rec.ops.registry import operator
 
 NORM_GATE = operator(
-    "norm_gate", Backend("reference", _reference_forward, _reference_backward), sample=NormGateRequest.sample
+    "norm_gate",
+    norm_gate_reference.BACKEND,
+    sample=NormGateRequest.sample,
 )
 
 

@@ -23,12 +23,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to compute an operator."""
+    """One way to compute an operator.
+
+    Attributes:
+        by_name_only: `auto` never takes it (kernels under an interpreter, say).
+    """
 
     name: str
     forward: Callable[..., Any]
     backward: Callable[..., Any]
     supports: Callable[[Any], str | None] = lambda request: None
+    by_name_only: bool = False
 
 
 @dataclass
@@ -57,7 +62,7 @@ class Operator:
                 raise BackendError(f"ops.{self.name}: backend {name!r} cannot run here: {reason}")
             return backend
         for backend in self.backends:
-            if backend.supports(request) is None:
+            if not backend.by_name_only and backend.supports(request) is None:
                 _log_choice(self.name, backend.name)
                 return backend
         reasons = "; ".join(f"{b.name}: {b.supports(request)}" for b in self.backends)
