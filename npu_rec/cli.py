@@ -124,13 +124,16 @@ def train(
 def evaluate(
     config: ConfigArgument,
     checkpoint: Annotated[Path, typer.Option(help="Checkpoint folder, such as runs/NAME/checkpoints/step-480.")],
+    ranks: Annotated[
+        Path | None, typer.Option(help="CSV file to write: split, user, rank of the held-out item (from 1).")
+    ] = None,
     set_: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Evaluate a checkpoint on the held-out events."""
     from npu_rec.train.evaluate import evaluate as run_evaluation
 
-    result = run_evaluation(_load(config, set_), checkpoint)
+    result = run_evaluation(_load(config, set_), checkpoint, ranks=ranks)
     document = {
         "run_dir": checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else None,
         "checkpoint": result.checkpoint,
@@ -247,7 +250,7 @@ def data_prepare(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="attention, loss or train-step.")],
+    name: Annotated[str, typer.Argument(help="attention, loss, embedding, norm-gate or train-step.")],
     device: Annotated[str, typer.Option(help="auto, ascend, cuda or cpu.")] = "auto",
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each; the median counts.")] = 5,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
@@ -256,7 +259,7 @@ def bench(
     """Time operators against the plain PyTorch form in the same run."""
     from dataclasses import asdict
 
-    from npu_rec.bench import SUITES, run_suite
+    from npu_rec.bench import SUITES, run_suite, table_of
     from npu_rec.device import get_device
 
     if name not in SUITES:
@@ -265,16 +268,11 @@ def bench(
     place.set_threads(threads)
     rows = run_suite(name, place, repeats=repeats)
 
-    def show(console: Console) -> None:
-        table = Table("backend", "shape", "forward ms", "backward ms", "speedup", "extra MiB", "of GEMM rate")
-        for row in rows:
-            extra = "" if row.peak_extra_bytes is None else f"{row.peak_extra_bytes / 2**20:.0f}"
-            share = "" if row.fraction_of_gemm is None else f"{row.fraction_of_gemm:.0%}"
-            times = (f"{row.forward_ms:.1f}", f"{row.backward_ms:.1f}", f"{row.speedup:.1f}x")
-            table.add_row(row.backend, row.shape, *times, extra, share)
-        console.print(table)
-
-    _emit(as_json, {"device": place.name, "rows": [asdict(row) for row in rows]}, show)
+    _emit(
+        as_json,
+        {"device": place.name, "rows": [asdict(row) for row in rows]},
+        lambda console: console.print(table_of(rows)),
+    )
 
 
 @app.command()

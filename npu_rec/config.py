@@ -87,6 +87,20 @@ class ModelConfig(Section):
     options: dict[str, Any] = Field(default_factory=dict, description="Options of the backbone.")
 
 
+class EmbeddingConfig(Section):
+    """Tables of item vectors, and how they are trained."""
+
+    optimizer: Literal["dense", "sgd", "rowwise_adagrad", "rowwise_adam"] = Field(
+        "dense",
+        description="`dense`: an ordinary parameter under AdamW, as Meta trains. The others update the rows that a "
+        "batch touches during the backward pass, without a gradient of the table; `train.betas` and `train.eps` hold "
+        "for them, weight decay does not.",
+    )
+    lr: float | None = Field(
+        None, gt=0, description="Peak learning rate of the rows, on the schedule of `train.lr`; None: `train.lr`."
+    )
+
+
 class TaskConfig(Section):
     """What the model is trained for."""
 
@@ -113,7 +127,12 @@ class TrainConfig(Section):
     schedule: Literal["constant", "cosine"] = Field("constant", description="Learning rate after the warm-up.")
     warmup_steps: NonNegative = Field(0, description="Optimiser steps of linear warm-up.")
     min_lr_ratio: float = Field(0.0, ge=0, le=1, description="Where cosine ends, as a share of `lr`.")
-    clip_norm: float | None = Field(None, gt=0, description="Clip the global gradient norm to this value.")
+    clip_norm: float | None = Field(None, gt=0, description="Clip gradients to this norm.")
+    clip: Literal["global", "dense", "row"] = Field(
+        "global",
+        description="The norm that `clip_norm` holds for: of all gradients, of those outside the tables, or `row`: of "
+        "those outside the tables together and of each table row by itself (with `embedding.optimizer`).",
+    )
     precision: Literal["fp32", "bf16"] = Field("fp32", description="`bf16` runs the model under autocast.")
     recompute: bool = Field(False, description="Recompute the blocks' activations in the backward pass.")
     nan: Literal["stop", "skip"] = Field(
@@ -176,6 +195,7 @@ class Config(Section):
     device: DeviceConfig = Field(default_factory=DeviceConfig)
     data: DataConfig = Field(default_factory=DataConfig)
     model: ModelConfig = Field(default_factory=ModelConfig)
+    embedding: EmbeddingConfig = Field(default_factory=EmbeddingConfig)
     task: TaskConfig = Field(default_factory=TaskConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
     eval: EvalConfig = Field(default_factory=EvalConfig)
@@ -189,6 +209,25 @@ class Config(Section):
             raise ValueError(f"eval.select: {self.eval.select!r} is not among eval.metrics {self.eval.metrics}")
         if self.eval.protocol == "meta" and self.train.early_stop:
             raise ValueError("train.early_stop needs a validation split, which eval.protocol `meta` does not have")
+        if self.train.clip != "global" and self.train.clip_norm is None:
+            raise ValueError(f"train.clip: {self.train.clip} says what train.clip_norm holds for, which is not set")
+        if self.embedding.optimizer == "dense":
+            if self.embedding.lr is not None:
+                raise ValueError("embedding.lr is for the sparse optimisers; embedding.optimizer is dense")
+            if self.train.clip == "row":
+                raise ValueError("train.clip: row needs a sparse embedding.optimizer, such as rowwise_adagrad")
+            return self
+        name = self.embedding.optimizer
+        if self.train.accumulate > 1:
+            raise ValueError(
+                f"train.accumulate: embedding.optimizer {name} updates rows in every backward pass, so gradients of "
+                f"{self.train.accumulate} batches cannot be added up first; set it to 1 or embedding.optimizer to dense"
+            )
+        if self.train.clip_norm is not None and self.train.clip == "global":
+            raise ValueError(
+                f"train.clip_norm: embedding.optimizer {name} updates rows before a global norm is known; set "
+                "train.clip to dense or row"
+            )
         return self
 
     def __eq__(self, other: object) -> bool:

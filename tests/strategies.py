@@ -41,9 +41,10 @@ def examples(count: int) -> settings:
     return settings(max_examples=count, derandomize=True, database=None, deadline=None, suppress_health_check=slow)
 
 
-def backends(operator: str, *, but: str = "") -> list[str]:
-    """The registered backends of an operator, except `but`."""
-    return [backend.name for backend in OPERATORS[operator].backends if backend.name != but]
+def backends(operator: str, *, but: str = "", interpreted: bool = True) -> list[str]:
+    """The registered backends of an operator, except `but` and, on request, those that an interpreter would run."""
+    found = OPERATORS[operator].backends
+    return [b.name for b in found if b.name != but and (interpreted or not b.by_name_only)]
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,7 @@ def test_prepare_names_file_row_and_column(tmp_path: Path) -> None:
 def test_doctor(tmp_path: Path) -> None:
     document = npu_rec_json("doctor")
     assert document["device"]["cpu"]["available"] is True
-    assert list(document["operators"]["hstu_attention"]) == ["cpp", "tiled", "reference"]
+    assert list(document["operators"]["hstu_attention"]) == ["cpp", "triton", "tiled", "reference"]
     assert document["operators"]["hstu_attention"]["tiled"] is None
     shown = npu_rec("doctor").stdout
     assert "sampled_softmax_loss" in shown
@@ -139,10 +139,10 @@ def test_bench_compares_in_one_run() -> None:
     assert rows["references"]["speedup"] == 1.0
     assert rows["auto"]["speedup"] > 1.0
     keys = {"name", "backend", "shape", "forward_ms", "backward_ms", "speedup", "peak_extra_bytes", "fraction_of_gemm"}
-    assert rows["auto"].keys() == keys
+    assert rows["auto"].keys() == keys | {"rows_per_second", "forward_tflops", "backward_tflops"}
     done = npu_rec("bench", "attn")
     assert done.returncode == 2
-    assert "attention, loss, train-step" in done.stderr
+    assert "attention, loss, embedding, norm-gate, train-step" in done.stderr
 
 
 @pytest.mark.parametrize("backend", ["ascend", "cuda"])

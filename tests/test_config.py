@@ -49,7 +49,7 @@ def refusal(*overrides: str, **files: str) -> str:
         ("model: {dropot: 0.1}", "a.yaml: model.dropot: unknown key; did you mean `model.dropout`?"),
         ("eval: {metric: [mrr]}", "a.yaml: eval.metric: unknown key; did you mean `eval.metrics`?"),
         # a name that is right, in the wrong section, even where a key of that section looks like it
-        ("model: {lr: 0.1}", "a.yaml: model.lr: unknown key; did you mean `train.lr`?"),
+        ("model: {lr: 0.1}", "a.yaml: model.lr: unknown key; did you mean `embedding.lr` or `train.lr`?"),
         ("train: {max_seq_len: 9}", "a.yaml: train.max_seq_len: unknown key; did you mean `model.max_seq_len`?"),
         ("seed: 3", "a.yaml: seed: unknown key; did you mean `train.seed`?"),
         ("batch_size: 3", "a.yaml: batch_size: unknown key; did you mean `train.batch_size` or `eval.batch_size`?"),

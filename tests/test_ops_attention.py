@@ -35,8 +35,8 @@ from npu_rec.ops.hstu_attention_request import HSTUAttentionRequest
 from npu_rec.ops.jagged import lengths_to_offsets
 from npu_rec.ops.masks import MaskRule
 
-ALL = backends("hstu_attention")
-FAST = backends("hstu_attention", but="reference")
+ALL = backends("hstu_attention", interpreted=False)  # Triton under its interpreter: test_triton_attention.py
+FAST = backends("hstu_attention", but="reference", interpreted=False)
 CPU = Place("cpu", torch.float64)
 EVERYTHING = AttentionCase(
     lengths=(70, 0, 1, 130),
@@ -531,7 +531,7 @@ def test_arguments_that_do_not_fit_raise_value_error(change: dict[str, Any], tex
 
 
 def test_an_unknown_backend_raises_and_names_the_known_ones() -> None:
-    known = ", ".join(["auto", *ALL])
+    known = ", ".join(["auto", *backends("hstu_attention")])
     with pytest.raises(BackendError, match=f"hstu_attention: no backend 'cuda'; known: {known}"):
         hstu_attention(**arguments(), backend="cuda")
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
 from strategies import AttentionCase, Place
+from torch import Tensor
 
 from npu_rec.errors import BackendError
-from npu_rec.ops import OPERATORS, sampled_softmax_loss
+from npu_rec.ops import OPERATORS, RowOptimizer, embedding_lookup, norm_gate, sampled_softmax_loss
 from npu_rec.ops.compiled import ISA_VARIABLE, extension, instruction_set, unusable
+from npu_rec.ops.random import dropout_scale, random_key
 
 if unusable() is not None:
     pytest.skip(f"cpp kernels: {unusable()}", allow_module_level=True)
@@ -93,3 +96,169 @@ def test_too_many_rows_go_to_another_backend() -> None:
     wide = type(request)(torch.zeros(4, 64), many, request.positives, request.negatives, None, 0.05, True)
     assert "exceed" in str(operator.find("cpp").supports(wide))
     assert operator.select(wide, "auto").name == "chunked"
+
+
+@pytest.fixture
+def three_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+# --- norm_gate
+
+LOW = [torch.bfloat16, torch.float16]
+
+
+def gate_inputs(tokens: int, width: int, affine: bool, dtype: torch.dtype) -> list[Tensor]:
+    """x and gate as columns of a wider tensor, so that their rows lie apart; weight and bias."""
+    generator = torch.Generator().manual_seed(width)
+    wide = torch.randn(tokens, 2 * width + 3, generator=generator).to(dtype)
+    parameters = list(torch.randn(2, width, generator=generator)) if affine else []
+    return [wide[:, 1 : width + 1], wide[:, width + 2 : 2 * width + 2], *parameters]
+
+
+def gated(leaves: list[Tensor], dropout: float, backend: str) -> list[Tensor]:
+    """The output and the gradients of the leaves, for a gradient that is a transposed tensor."""
+    leaves = [x.detach().requires_grad_() for x in leaves]
+    tokens, width = leaves[0].shape
+    keys = random_key(3, "dropout", torch.arange(tokens))
+    out = norm_gate(*leaves, dropout=dropout, dropout_keys=keys, backend=backend)
+    grad = torch.randn(width, tokens, generator=torch.Generator().manual_seed(5)).bfloat16().to(out).t()
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+
+@pytest.mark.parametrize("width", [3, 4, 15, 16, 17, 50, 64, 200])
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_gate_equals_the_float64_reference(isa: str, width: int, affine: bool, dropout: float) -> None:
+    leaves = gate_inputs(19, width, affine, torch.float32)
+    wanted = gated([x.double() for x in leaves], dropout, "reference")
+    for got, value in zip(gated(leaves, dropout, "cpp"), wanted, strict=True):
+        torch.testing.assert_close(got.double(), value, rtol=0, atol=2e-5 * float(value.abs().max()))
+
+
+@pytest.mark.parametrize("width", [3, 50, 64])
+@pytest.mark.parametrize("dtype", LOW)
+def test_gate_in_low_precision_is_rounded_once(isa: str, width: int, dtype: torch.dtype) -> None:
+    leaves = gate_inputs(19, width, True, dtype)
+    wanted = gated([x.double() for x in leaves], 0.3, "reference")
+    for got, value in zip(gated(leaves, 0.3, "cpp"), wanted, strict=True):
+        step = torch.finfo(got.dtype).eps
+        allowed = 0.51 * step * value.abs() + 2e-5 * float(value.abs().max())
+        assert bool(((got.double() - value).abs() <= allowed).all())
+
+
+@pytest.mark.parametrize("probability", [1e-9, 0.2, 0.5, 1 - 2**-30])
+def test_gate_multiplies_by_the_very_numbers_of_dropout_scale(isa: str, probability: float) -> None:
+    drawn = random_key(1, "dropout", torch.arange(500))
+    keys = torch.cat([drawn, torch.tensor([0, -1, 1, 2**63 - 1, -(2**63), 2**32, -(2**31)])])
+    ones = torch.ones(len(keys), 77)
+    out = norm_gate(ones, ones, bias=ones[0], dropout=probability, dropout_keys=keys, backend="cpp")
+    assert torch.equal(out, dropout_scale(keys, 77, probability))
+
+
+@pytest.mark.usefixtures("three_threads")
+def test_gate_on_three_threads_gives_the_same_bits_each_time(isa: str) -> None:
+    leaves = gate_inputs(3000, 70, True, torch.float32)
+    first, second = (gated(leaves, 0.2, "cpp") for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    wanted = gated([x.double() for x in leaves], 0.2, "reference")
+    for got, value in zip(first, wanted, strict=True):
+        torch.testing.assert_close(got.double(), value, rtol=0, atol=2e-5 * float(value.abs().max()))
+
+
+# --- embedding_lookup
+
+
+def occurrences(rows: int, tokens: int) -> Tensor:
+    """Ids of which a few are frequent, the first and the last row among them."""
+    generator = torch.Generator().manual_seed(tokens)
+    ids = (torch.rand(tokens, generator=generator) ** 4 * rows).long()
+    ids[: tokens // 8] = rows - 1
+    return ids[torch.randperm(tokens, generator=generator)]
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 3), (40, 1), (40, 16), (5000, 50), (100_000, 17)])
+def test_lookup_gradients_equal_the_float64_reference(isa: str, rows: int, width: int) -> None:
+    table = torch.randn(rows, width, generator=torch.Generator().manual_seed(0))
+    ids = occurrences(rows, 1000)
+    weights = torch.randn(1000, width, generator=torch.Generator().manual_seed(1))
+    results = []
+    for backend, leaf in (("cpp", table), ("reference", table.double())):
+        leaf.requires_grad_()
+        out = embedding_lookup(leaf, ids, backend=backend)
+        results.append((out.detach(), *torch.autograd.grad(out, leaf, weights.to(out))))
+    assert torch.equal(results[0][0].double(), results[1][0])
+    torch.testing.assert_close(results[0][1].double(), results[1][1], rtol=1e-5, atol=1e-5)
+
+
+def updated(table: Tensor, ids: Tensor, grads: Tensor, name: str, backend: str) -> list[Tensor]:
+    """The table and the state of its optimiser after three steps."""
+    table, optimizer = table.clone().requires_grad_(), RowOptimizer(name, 0.1, eps=1e-3, max_norm=4.0)  # type: ignore[arg-type]
+    for scale in (1.0, -0.5, 0.25):
+        embedding_lookup(table, ids, optimizer=optimizer, backend=backend).backward((grads * scale).to(table))
+    return [x for x in (table.detach(), optimizer.square, optimizer.momentum) if x is not None]
+
+
+@pytest.mark.parametrize("name", ["sgd", "rowwise_adagrad", "rowwise_adam"])
+@pytest.mark.parametrize(("rows", "width"), [(1, 3), (40, 1), (5000, 50), (100_000, 17)])
+def test_updates_equal_the_float64_reference(isa: str, name: str, rows: int, width: int) -> None:
+    table = torch.randn(rows, width, generator=torch.Generator().manual_seed(0))
+    ids, grads = occurrences(rows, 1000), torch.randn(1000, width, generator=torch.Generator().manual_seed(1))
+    wanted = updated(table.double(), ids, grads, name, "reference")
+    for got, value in zip(updated(table, ids, grads, name, "cpp"), wanted, strict=True):
+        torch.testing.assert_close(got.double(), value, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", LOW)
+def test_every_number_of_16_bits_is_read_summed_and_rounded_as_pytorch_does(isa: str, dtype: torch.dtype) -> None:
+    every = torch.arange(2**16).to(torch.int16).view(dtype).view(-1, 1)
+    others = every[torch.randperm(2**16, generator=torch.Generator().manual_seed(0))]
+    for width in (1, 16, 23):  # part of a vector, a whole one, both
+        grads = torch.cat([every, others]).expand(-1, width).contiguous()
+        ids = torch.arange(2**16).repeat(2)
+        table = torch.zeros(2**16, width, dtype=dtype, requires_grad=True)
+        embedding_lookup(table, ids, backend="cpp").backward(grads)
+        sums = (every.float() + others.float()).to(dtype).expand(-1, width)
+        assert table.grad is not None
+        torch.testing.assert_close(table.grad, sums, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", ["sgd", "rowwise_adagrad", "rowwise_adam"])
+def test_the_bits_of_updates_and_gradients_do_not_depend_on_the_threads(
+    isa: str, name: str, three_threads: None
+) -> None:
+    table = torch.randn(7000, 30, generator=torch.Generator().manual_seed(0))
+    ids, grads = occurrences(7000, 40_000), torch.randn(40_000, 30, generator=torch.Generator().manual_seed(1))
+
+    def run() -> list[Tensor]:
+        leaf = table.clone().requires_grad_()
+        dense = torch.autograd.grad(embedding_lookup(leaf, ids, backend="cpp"), leaf, grads)[0]
+        return [dense, *updated(table, ids, grads, name, "cpp")]
+
+    on_three = run()
+    torch.set_num_threads(1)
+    assert all(torch.equal(a, b) for a, b in zip(on_three, run(), strict=True))
+
+
+def test_tables_and_states_that_the_kernels_do_not_take_are_refused_with_a_reason() -> None:
+    operator = OPERATORS["embedding_lookup"]
+    ids, optimizer = torch.tensor([0]), RowOptimizer("rowwise_adagrad", 0.1, square=torch.zeros(4).double())
+    for table, reason in (
+        (torch.zeros(4, 6)[:, ::2], "not contiguous"),
+        (torch.zeros(3, 4).t(), "not contiguous"),
+        (torch.zeros(4, 3, dtype=torch.float64), "float64"),
+    ):
+        with pytest.raises(BackendError, match=reason):
+            embedding_lookup(table, ids, backend="cpp")
+        assert torch.equal(embedding_lookup(table, ids), table[:1])
+    with pytest.raises(BackendError, match="state of the row optimizer"):
+        embedding_lookup(torch.zeros(4, 3).requires_grad_(), ids, optimizer=optimizer, backend="cpp").sum().backward()
+    assert operator.find("cpp").supports(operator.sample(torch.device("cpu"))) is None
+
+
+def test_a_gradient_for_an_id_outside_the_table_is_an_error_not_a_write() -> None:
+    with pytest.raises(IndexError, match="id 4 is out of range of a table of 4 rows"):
+        torch.ops.npu_rec.embedding_lookup_backward(torch.ones(1, 3), torch.zeros(4, 3), torch.tensor([4]), "cpp")

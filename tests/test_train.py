@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 import torch
 from torch import Tensor
@@ -57,6 +58,22 @@ def test_training_learns(shop: Path, tmp_path: Path) -> None:
     losses = [row["epoch_loss"] for row in lines(tmp_path / "a") if "epoch_loss" in row]
     assert losses[-1] < 0.7 * losses[0]
     assert result.metrics["test"]["hr@10"] > 0.5  # the next item is one of three neighbours; chance is 1/4
+
+
+def test_ranks_of_evaluation_give_its_metrics(shop: Path, tmp_path: Path) -> None:
+    result = run(shop, tmp_path / "a")
+    written = tmp_path / "ranks.csv"
+    metrics = evaluate(load_run_config(shop), result.checkpoint, ranks=written).metrics
+    table = pl.read_csv(written)
+    assert table.columns == ["split", "user", "rank"]
+    for split in ("valid", "test"):
+        rows = table.filter(pl.col("split") == split)
+        assert rows["user"].n_unique() == len(rows) > 0
+        assert set(rows["user"]) <= {f"u{i}" for i in range(60)}
+        assert float((rows["rank"] <= 10).mean()) == pytest.approx(metrics[split]["hr@10"])
+        assert float((1 / rows["rank"]).mean()) == pytest.approx(metrics[split]["mrr"])
+    with pytest.raises(ConfigError, match="there is no folder"):
+        evaluate(load_run_config(shop), result.checkpoint, ranks=tmp_path / "no" / "ranks.csv")
 
 
 def test_same_seed_same_bits_and_other_seed_other_weights(shop: Path, tmp_path: Path) -> None:

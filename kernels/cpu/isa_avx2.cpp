@@ -3,12 +3,15 @@
 #pragma GCC target("avx2,fma")
 #define NPU_REC_ISA avx2
 #define NPU_REC_VECTOR 8
+#include "embedding_rows.inc"
 #include "hstu_attention_head.inc"
+#include "norm_gate_rows.inc"
 #include "sampled_softmax_tokens.inc"
 
 namespace npu_rec {
 Kernels kernels_avx2() {
-  return {avx2::forward, avx2::backward, avx2::scratch_floats, avx2::token_losses, avx2::token_gradients, 8};
+  using namespace avx2;
+  return {forward, backward, scratch_floats, token_losses, token_gradients, norm_gate, row_gradients, update_rows, 8};
 }
 }  // namespace npu_rec
 #else

@@ -3,12 +3,15 @@
 #pragma GCC target("avx512f,avx512dq,avx512vl,avx512bw,fma")
 #define NPU_REC_ISA avx512
 #define NPU_REC_VECTOR 16
+#include "embedding_rows.inc"
 #include "hstu_attention_head.inc"
+#include "norm_gate_rows.inc"
 #include "sampled_softmax_tokens.inc"
 
 namespace npu_rec {
 Kernels kernels_avx512() {
-  return {avx512::forward, avx512::backward, avx512::scratch_floats, avx512::token_losses, avx512::token_gradients, 16};
+  using namespace avx512;
+  return {forward, backward, scratch_floats, token_losses, token_gradients, norm_gate, row_gradients, update_rows, 16};
 }
 }  // namespace npu_rec
 #else

@@ -54,12 +54,54 @@ struct TokensTask {
   float* scratch;                // count + 1 floats, rounded up to the vector
 };
 
+enum class Dtype { float32, bfloat16, float16 };
+
+// Normalise and gate: rows [begin, end) of [T, C] = [T, width]. With `grad` the gradients are computed, otherwise
+// `out`. Strides in elements; out, dx and d_gate have rows of `width`.
+struct GateTask {
+  int64_t begin, end, width;
+  Dtype dtype;  // of what is void here
+  const void *x, *gate, *grad;
+  int64_t stride_x, stride_gate, stride_grad;
+  const float *weight, *bias;  // null where there are none
+  float eps;
+  const int64_t* keys;  // null: no dropout
+  int32_t largest_dropped;
+  float scale;
+  void *out, *dx, *d_gate;
+  float *d_weight, *d_bias;  // added to; of `width` rounded up to the vector
+  float* scratch;            // twice that
+};
+
+// Row gradients of a lookup: occurrences [first, last), sorted by id, equal ids in the order of their places.
+struct Occurrence { int64_t id, place; };
+
+struct RowsTask {
+  const Occurrence* occurrences;
+  int64_t first, last, width;
+  Dtype dtype;  // of what is void here
+  const void* grad;  // [T, D] = [T, width]
+  int64_t stride_grad;
+  float* scratch;  // `width` rounded up to the vector
+
+  void* d_table;  // the gradient [V, D] of the table: the rows of the occurrences are written
+
+  // Or an update: s = beta2 s + rest2 mean(g^2), m = beta1 m + rest1 g, w -= lr m / (sqrt(s / correction2) + eps).
+  // Without `square` the divisor is 1, without `momentum` m is g. g is not longer than max_norm.
+  void* table;
+  float *square, *momentum;  // [V], [V, D]; null where there is none
+  float lr, beta1, rest1, beta2, rest2, correction2, eps, max_norm;
+};
+
 struct Kernels {
   void (*attention_forward)(const HeadTask&);
   void (*attention_backward)(const HeadTask&);
   int64_t (*attention_scratch)(int n, int dim_qk, int dim_v);  // floats
   void (*token_losses)(const TokensTask&);
   void (*token_gradients)(const TokensTask&);
+  void (*norm_gate)(const GateTask&);
+  void (*row_gradients)(const RowsTask&);
+  void (*update_rows)(const RowsTask&);
   int vector;  // floats
 };
 

@@ -8,4 +8,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("hstu_attention_backward", &npu_rec::hstu_attention_backward, release());
   m.def("sampled_softmax_forward", &npu_rec::sampled_softmax_forward, release());
   m.def("sampled_softmax_backward", &npu_rec::sampled_softmax_backward, release());
+  m.def("norm_gate_forward", &npu_rec::norm_gate_forward, release());
+  m.def("norm_gate_backward", &npu_rec::norm_gate_backward, release());
+  m.def("embedding_forward", &npu_rec::embedding_forward, release());
+  m.def("embedding_backward", &npu_rec::embedding_backward, release());
+  m.def("embedding_update", &npu_rec::embedding_update, release());
 }

@@ -13,6 +13,16 @@ namespace npu_rec {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+inline Dtype dtype_of(const Tensor& x) {
+  if (x.scalar_type() == at::kFloat) return Dtype::float32;
+  if (x.scalar_type() == at::kBFloat16) return Dtype::bfloat16;
+  TORCH_CHECK(x.scalar_type() == at::kHalf, "no kernels for ", x.scalar_type());
+  return Dtype::float16;
+}
+
+// x [T, C] itself, and a copy only where the elements of a row lie apart.
+inline Tensor with_whole_rows(const Tensor& x) { return x.stride(1) == 1 || x.size(1) <= 1 ? x : x.contiguous(); }
+
 // Arguments as in npu_rec.ops.hstu_attention. `ids` and `limits`, [T], come from npu_rec.ops.masks.token_ids, and
 // are absent where ids count the tokens; `edges` are those of npu_rec.ops.time_buckets.
 Tensor hstu_attention_forward(
@@ -40,5 +50,28 @@ std::vector<Tensor> sampled_softmax_backward(
     const Tensor& grad, const Tensor& logsumexp, const Tensor& queries, const Tensor& rows, const Tensor& positives,
     const Tensor& negatives, const OptionalTensor& log_q, double temperature, bool mask_collisions,
     const std::string& isa);
+
+// Arguments as in npu_rec.ops.norm_gate. With keys [T] a draw up to `largest_dropped` drops its channel, the others
+// are multiplied by `scale`.
+Tensor norm_gate_forward(
+    const Tensor& x, const Tensor& gate, const OptionalTensor& weight, const OptionalTensor& bias,
+    const OptionalTensor& keys, double eps, int64_t largest_dropped, double scale, const std::string& isa);
+
+// Gradients of x, gate, weight, bias; an absent parameter's is empty.
+std::vector<Tensor> norm_gate_backward(
+    const Tensor& grad, const Tensor& x, const Tensor& gate, const OptionalTensor& weight, const OptionalTensor& bias,
+    const OptionalTensor& keys, double eps, int64_t largest_dropped, double scale, const std::string& isa);
+
+// Rows [T, D] of table [V, D]; the ids [T] have been checked.
+Tensor embedding_forward(const Tensor& table, const Tensor& ids);
+
+// The gradient [V, D] of the table.
+Tensor embedding_backward(const Tensor& grad, const Tensor& table, const Tensor& ids, const std::string& isa);
+
+// Changes table, square [V] and momentum [V, D] in place; the constants are those of RowsTask.
+void embedding_update(
+    const Tensor& grad, const Tensor& table, const Tensor& ids, const OptionalTensor& square,
+    const OptionalTensor& momentum, double lr, double beta1, double beta2, double rest2, double correction2, double eps,
+    double max_norm, const std::string& isa);
 
 }  // namespace npu_rec

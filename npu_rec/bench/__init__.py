@@ -2,5 +2,6 @@
 
 from npu_rec.bench.harness import Row
 from npu_rec.bench.suites import SUITES, run_suite
+from npu_rec.bench.table import table_of
 
-__all__ = ["SUITES", "Row", "run_suite"]
+__all__ = ["SUITES", "Row", "run_suite", "table_of"]

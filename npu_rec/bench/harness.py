@@ -15,20 +15,36 @@ import torch
 from torch import Tensor
 
 from npu_rec.device import Device
+from npu_rec.ops import OPERATORS
+from npu_rec.train.throughput import matmul_flops
+
+COPIES = 2  # of the inputs of a case, used in rotation
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to compute a case: `call(*inputs, *own)` gives the output, gradients flow to what requires them."""
+    """One way to compute a case: `call(*inputs, *own)` gives the output, gradients flow to what requires them.
+
+    Attributes:
+        learn: takes the output and its gradient and goes backward, where that is more than to compute gradients:
+            an update of parameters. It counts as part of the backward pass.
+    """
 
     backend: str
     call: Callable[..., Tensor]
     own: tuple[Tensor, ...] = ()
+    learn: Callable[[Tensor, Tensor], None] | None = None
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the result. Times are medians; `speedup` is against the case's first contender."""
+    """One line of the result. Times are medians; `speedup` is against the case's first contender.
+
+    Attributes:
+        fraction_of_gemm: useful floating-point operations a second over those of a matrix product, measured alongside.
+        forward_tflops, backward_tflops: useful floating-point operations, 10^12 a second.
+        rows_per_second: rows of a table looked up, their backward pass included; None where none are.
+    """
 
     name: str
     backend: str
@@ -38,6 +54,9 @@ class Row:
     speedup: float
     peak_extra_bytes: int | None
     fraction_of_gemm: float | None = None
+    rows_per_second: float | None = None
+    forward_tflops: float | None = None
+    backward_tflops: float | None = None
 
     @property
     def total_ms(self) -> float:
@@ -52,16 +71,19 @@ def compare(
     device: Device,
     *,
     repeats: int,
-    flops: float | None,
-    gemm_flops: float,
+    flops: tuple[float, float] | None = None,
+    dtype: torch.dtype = torch.float32,
+    table_rows: int | None = None,
 ) -> list[Row]:
     """Time contenders in turn (A B A B ...) after a warm-up, so that they share the machine's ups and downs.
 
     Args:
         copies: inputs of the case, several equal-shaped sets used in rotation.
-        flops: useful floating-point operations, forward and backward together, or None.
-        gemm_flops: FLOP/s of the device's matrix product, for `fraction_of_gemm`.
+        flops: useful floating-point operations of forward and backward, or None.
+        dtype: of the matrix product that `fraction_of_gemm` compares with.
+        table_rows: how many rows of a table are looked up, for `rows_per_second`, or None.
     """
+    gemm_flops = None if flops is None else matmul_flops(device, dtype, size=1024 if device.is_cpu else 8192)
     memory = [_peak_extra_bytes(contender, copies[0], device) for contender in contenders]  # the warm-up too
     forward: list[list[float]] = [[] for _ in contenders]
     backward: list[list[float]] = [[] for _ in contenders]
@@ -75,36 +97,65 @@ def compare(
     rows = []
     for i, contender in enumerate(contenders):
         total = forward_ms[i] + backward_ms[i]
-        share = None if flops is None else flops / (total * 1e-3) / gemm_flops
-        speedup = (forward_ms[0] + backward_ms[0]) / total
-        rows.append(Row(name, contender.backend, shape, forward_ms[i], backward_ms[i], speedup, memory[i], share))
+        rows.append(
+            Row(
+                name,
+                contender.backend,
+                shape,
+                forward_ms[i],
+                backward_ms[i],
+                speedup=(forward_ms[0] + backward_ms[0]) / total,
+                peak_extra_bytes=memory[i],
+                fraction_of_gemm=sum(flops) / (total * 1e-3) / gemm_flops if flops and gemm_flops else None,
+                rows_per_second=None if table_rows is None else table_rows / (total * 1e-3),
+                forward_tflops=flops[0] / forward_ms[i] * 1e-9 if flops else None,
+                backward_tflops=flops[1] / backward_ms[i] * 1e-9 if flops else None,
+            )
+        )
     return rows
+
+
+def usable(operator: str, request: object) -> list[str]:
+    """The backends worth timing: not the reference, and none under an interpreter."""
+    backends = [b for b in OPERATORS[operator].backends if b.name != "reference" and not b.by_name_only]
+    return [b.name for b in backends if b.supports(request) is None]
 
 
 def _time(contender: Contender, inputs: Sequence[Any], device: Device) -> tuple[float, float]:
     inputs = (*inputs, *contender.own)
-    leaves = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
     device.synchronize()
     start = perf_counter()
     out = contender.call(*inputs)
     device.synchronize()
     middle = perf_counter()
-    torch.autograd.grad(out, leaves, torch.ones_like(out))
+    _go_backward(contender, inputs, out)
     device.synchronize()
     return middle - start, perf_counter() - middle
+
+
+def _go_backward(contender: Contender, inputs: Sequence[Any], out: Tensor) -> tuple[Tensor, ...]:
+    """The gradients of the inputs that it uses, for a gradient of ones; none where the contender learns."""
+    grad = torch.ones_like(out)
+    if contender.learn is not None:
+        contender.learn(out, grad)
+        return ()
+    leaves = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
+    return tuple(g for g in torch.autograd.grad(out, leaves, grad, allow_unused=True) if g is not None)
 
 
 def _peak_extra_bytes(contender: Contender, inputs: Sequence[Any], device: Device) -> int | None:
     """Memory that forward and backward took at most, beyond inputs, output, its gradient and those of the inputs."""
     inputs = (*inputs, *contender.own)
-    leaves = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
-    contender.call(*inputs)  # what is made once and kept does not count
+    out = contender.call(*inputs)  # what is made once and kept does not count
+    if contender.learn is not None:
+        contender.learn(out, torch.ones_like(out))
+    del out
     gc.collect()
     before = _reset_peak(device)
     if before is None:
         return None
     out = contender.call(*inputs)
-    grads = torch.autograd.grad(out, leaves, torch.ones_like(out))
+    grads = _go_backward(contender, inputs, out)
     device.synchronize()
     results = 2 * out.nbytes + sum(grad.nbytes for grad in grads)
     return max(0, _peak(device) - before - results)

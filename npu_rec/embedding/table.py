@@ -7,14 +7,14 @@ import zlib
 import torch
 from torch import Tensor, nn
 
-from npu_rec.ops import embedding_lookup
+from npu_rec.ops import RowOptimizer, embedding_lookup
 from npu_rec.ops.random import random_key, random_truncated_normal
 
 _ROWS_AT_ONCE = 1 << 16
 
 
 class EmbeddingTable(nn.Module):
-    """`weight [V, D]`: an ordinary parameter, trained by the ordinary optimiser.
+    """`weight [V, D]`: an ordinary parameter, or, with an `optimizer`, one that the backward pass updates by itself.
 
     Row r starts as a pure function of (seed, name, r), truncated normal with deviation `std`, so a
     table that grows, or is cut over ranks, starts the same (design 3.6).
@@ -25,6 +25,7 @@ class EmbeddingTable(nn.Module):
     ) -> None:
         super().__init__()
         self.name, self.seed, self.std, self.backend = name, seed, std, backend
+        self.optimizer: RowOptimizer | None = None
         self.weight = nn.Parameter(torch.empty(num_rows, dim))
         self.reset_parameters()
 
@@ -39,4 +40,4 @@ class EmbeddingTable(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """`ids [T]` int64 -> `[T, D]`."""
-        return embedding_lookup(self.weight, ids, backend=self.backend)
+        return embedding_lookup(self.weight, ids, optimizer=self.optimizer, backend=self.backend)

@@ -45,6 +45,7 @@ class SequenceEncoder(nn.Module):
         times: Tensor | None = None,
         query_times: Tensor | None = None,
         dropout_keys: Tensor | None = None,
+        vectors: Tensor | None = None,
     ) -> Tensor:
         """Hidden states `[T, D]`.
 
@@ -53,9 +54,10 @@ class SequenceEncoder(nn.Module):
             offsets: `[B + 1]` int64; no sequence longer than N.
             times, query_times: `[T]` int64 seconds of each event and of the one after it, or None.
             dropout_keys: `[T]` int64 in training, None otherwise.
+            vectors: `[T, D]` rows of `item_ids`, where the caller has looked them up already.
         """
         layout = Layout(offsets, self.max_seq_len, times, query_times, None, dropout_keys)
-        x = self.items(item_ids) * self.scale
+        x = (self.items(item_ids) if vectors is None else vectors) * self.scale
         if self.positions is not None:
             x = x + self.positions[position_of_token(offsets, item_ids.shape[0])]
         x = dropout(x, self.input_dropout, layout.keys_for(INPUT_DROPOUT))

@@ -7,13 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from npu_rec.ops import embedding_lookup_reference
+from npu_rec.ops import embedding_lookup_cpp, embedding_lookup_reference, embedding_lookup_triton
 from npu_rec.ops.embedding_lookup_request import EmbeddingLookupRequest
 from npu_rec.ops.registry import operator
 from npu_rec.ops.row_optimizer import RowOptimizer, RowUpdate
 
 EMBEDDING_LOOKUP = operator(
     "embedding_lookup",
+    embedding_lookup_cpp.BACKEND,
+    embedding_lookup_triton.BACKEND,
     embedding_lookup_reference.BACKEND,
     sample=EmbeddingLookupRequest.sample,
 )
@@ -55,7 +57,7 @@ class _FusedLookup(torch.autograd.Function):
         return torch.ops.npu_rec.embedding_lookup(table.detach(), ids, backend)  # type: ignore[no-any-return]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None, None]:
         optimizer: RowOptimizer = ctx.optimizer
         optimizer.prepare(ctx.table)
         optimizer.step += 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from npu_rec.ops import hstu_attention_cpp, hstu_attention_reference, hstu_attention_tiled
+from npu_rec.ops import hstu_attention_cpp, hstu_attention_reference, hstu_attention_tiled, hstu_attention_triton
 from npu_rec.ops.hstu_attention_request import HSTUAttentionRequest
 from npu_rec.ops.masks import MaskRule
 from npu_rec.ops.registry import operator
@@ -18,6 +18,7 @@ from npu_rec.ops.relative_bias import RelativeBias
 HSTU_ATTENTION = operator(
     "hstu_attention",
     hstu_attention_cpp.BACKEND,
+    hstu_attention_triton.BACKEND,
     hstu_attention_tiled.BACKEND,
     hstu_attention_reference.BACKEND,
     sample=HSTUAttentionRequest.sample,
@@ -62,7 +63,7 @@ def hstu_attention(
         `[T, H, Dv]`, dtype of v.
 
     Raises:
-        ValueError: shapes do not fit.
+        ValueError: shapes do not fit, or (on the CPU) offsets do not describe the tokens.
         BackendError: the named backend cannot run this request.
     """
     total = q.shape[0]

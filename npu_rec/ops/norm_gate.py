@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from npu_rec.ops import norm_gate_reference
+from npu_rec.ops import norm_gate_cpp, norm_gate_reference, norm_gate_triton
 from npu_rec.ops.norm_gate_request import NormGateRequest
 from npu_rec.ops.registry import operator
 
 NORM_GATE = operator(
     "norm_gate",
+    norm_gate_cpp.BACKEND,
+    norm_gate_triton.BACKEND,
     norm_gate_reference.BACKEND,
     sample=NormGateRequest.sample,
 )

@@ -102,7 +102,7 @@ def random_truncated_normal(keys: Tensor, count: int, std: float) -> Tensor:
 
 def dropout_scale(keys: Tensor, count: int, probability: float) -> Tensor:
     """Multipliers of inverted dropout, `[..., count]` float32: 0 with `probability`, else 1 / (1 - probability)."""
-    threshold = round(probability * 2**31)
+    threshold = min(round(probability * 2**31), 2**31 - 1)
     kept = (random_bits(keys, count) & 0x7FFFFFFF) >= threshold
     return kept.to(torch.float32).mul_(1.0 / (1.0 - probability))
 

@@ -8,7 +8,8 @@ a module that makes a `Backend` and name it in the operator's list (docs/operato
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -71,13 +72,13 @@ class Operator:
     def forward(self, request: Any, name: str, device: torch.device) -> Any:
         """Run the chosen backend's forward."""
         backend = self.select(request, name)
-        with torch.autocast(device.type, enabled=False):  # a backend decides on its precision itself
+        with _for_backend(device):
             return backend.forward(request)
 
     def backward(self, request: Any, name: str, device: torch.device, *arguments: Tensor) -> Any:
         """Run the chosen backend's backward."""
         backend = self.select(request, name)
-        with torch.autocast(device.type, enabled=False):
+        with _for_backend(device):
             return backend.backward(request, *arguments)
 
     def find(self, name: str) -> Backend:
@@ -93,6 +94,14 @@ class Operator:
         if any(b.name == backend.name for b in self.backends):
             raise BackendError(f"ops.{self.name}: a backend {backend.name!r} is registered already")
         self.backends.insert(self.backends.index(self.find(before)), backend)
+
+
+@contextmanager
+def _for_backend(device: torch.device) -> Iterator[None]:
+    """No autocast, for a backend decides on its precision itself; the card of the tensors is the current one."""
+    card = nullcontext() if device.type in ("cpu", "meta") else torch.accelerator.device_index(device.index or 0)
+    with torch.autocast(device.type, enabled=False), card:
+        yield
 
 
 OPERATORS: dict[str, Operator] = {}

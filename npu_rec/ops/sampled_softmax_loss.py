@@ -8,13 +8,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from npu_rec.ops import sampled_softmax_loss_chunked, sampled_softmax_loss_cpp, sampled_softmax_loss_reference
+from npu_rec.ops import (
+    sampled_softmax_loss_chunked,
+    sampled_softmax_loss_cpp,
+    sampled_softmax_loss_reference,
+    sampled_softmax_loss_triton,
+)
 from npu_rec.ops.registry import operator
 from npu_rec.ops.sampled_softmax_loss_request import SampledSoftmaxRequest
 
 SAMPLED_SOFTMAX_LOSS = operator(
     "sampled_softmax_loss",
     sampled_softmax_loss_cpp.BACKEND,
+    sampled_softmax_loss_triton.BACKEND,
     sampled_softmax_loss_chunked.BACKEND,
     sampled_softmax_loss_reference.BACKEND,
     sample=SampledSoftmaxRequest.sample,
@@ -49,7 +55,7 @@ def sampled_softmax_loss(
         `[T]` loss per token, float32 (float64 for float64 queries). Differentiable in queries and rows.
 
     Raises:
-        ValueError: shapes do not fit, or an index lies outside `rows`.
+        ValueError: shapes do not fit, or (on the CPU) an index lies outside `rows`.
     """
     if queries.dim() != 2 or rows.dim() != 2 or queries.shape[1] != rows.shape[1]:
         raise ValueError(f"queries [T, D] and rows [U, D] do not fit: {list(queries.shape)}, {list(rows.shape)}")

@@ -72,12 +72,14 @@ class Retrieval(Task):
         dropout_keys = random_key(self.seed, "dropout", epoch, sequence_ids, positions) if self.training else None
         negative_keys = random_key(self.seed, "negatives", epoch, sequence_ids, positions)
 
-        hidden = self.encoder(batch.item_ids, batch.offsets, batch.times, batch.next_times, dropout_keys)
         positives = self.column_of_item[batch.next_ids]
         negatives = self.sampler.draw(negative_keys, self.options.num_negatives, positives)
         columns, positives, negatives = self._in_play(positives, negatives)
-        queries = unit(hidden.float())
-        rows = unit(self.encoder.items(self.catalogue[columns]).float())
+        # one lookup for inputs and candidates: a row is updated once a step
+        vectors = self.encoder.items(torch.cat([batch.item_ids, self.catalogue[columns]]))
+        inputs, candidates = vectors.split([batch.tokens, columns.shape[0]])
+        hidden = self.encoder(batch.item_ids, batch.offsets, batch.times, batch.next_times, dropout_keys, inputs)
+        queries, rows = unit(hidden.float()), unit(candidates.float())
         log_q = None if self.log_q is None else self.log_q[columns]
         if self.options.loss == "bce":
             losses = self._bce(queries, rows, positives, negatives, log_q)

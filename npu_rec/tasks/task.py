@@ -48,6 +48,10 @@ class Task(nn.Module, ABC):
     def evaluate(self, batches: Iterable[JaggedBatch], metrics: list[str]) -> dict[str, float]:
         """Metrics over the held-out event of every sequence of the batches."""
 
+    def ranks(self, batch: JaggedBatch) -> Tensor:
+        """Rank, from 1, of the held-out item of each sequence, `[B]` int64."""
+        raise ConfigError(f"task {type(self).__name__} ranks no items")
+
     def top_k(self, batch: JaggedBatch, k: int) -> tuple[Tensor, Tensor]:
         """The best k items after each sequence: (ids `[B, k]`, scores `[B, k]`); id 0 fills up a short list."""
         raise ConfigError(f"task {type(self).__name__} makes no recommendations")

@@ -33,7 +33,9 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_state
 from torch.distributed.checkpoint.state_dict_saver import save as save_state
 
 from npu_rec.config import Config, dump_config
+from npu_rec.embedding import EmbeddingTable
 from npu_rec.errors import CheckpointError
+from npu_rec.ops import RowOptimizer
 from npu_rec.tasks import DataFacts
 
 FORMAT = 1
@@ -223,18 +225,37 @@ def drop_later(folder: Path, step: int) -> None:
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """State of the optimiser by parameter name: `<parameter>/<state>` -> tensor."""
-    return {
+    """State of the optimisers by parameter name: `<parameter>/<state>` -> tensor."""
+    tensors = {
         f"{name}/{key}": value
         for name, parameter in model.named_parameters()
         for key, value in optimizer.state.get(parameter, {}).items()
         if isinstance(value, Tensor)
     }
+    for name, rows in _row_optimizers(model):
+        state = {"square": rows.square, "momentum": rows.momentum, "step": torch.tensor(rows.step)}
+        tensors |= {f"{name}/{key}": value for key, value in state.items() if value is not None}
+    return tensors
+
+
+def _row_optimizers(model: nn.Module) -> list[tuple[str, RowOptimizer]]:
+    """Optimisers of tables that update themselves, by the name of the table's weight."""
+    tables = ((name, module) for name, module in model.named_modules() if isinstance(module, EmbeddingTable))
+    return [(f"{name}.weight", table.optimizer) for name, table in tables if table.optimizer is not None]
 
 
 def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """Put back what `optimizer_tensors` gave."""
+    for name, rows in _row_optimizers(model):
+        device = model.get_parameter(name).device
+        square, momentum = (tensors.get(f"{name}/{key}") for key in ("square", "momentum"))
+        rows.square = None if square is None else square.to(device)
+        rows.momentum = None if momentum is None else momentum.to(device)
+        rows.step = int(tensors[f"{name}/step"])
+    trained = {p for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in model.named_parameters():
+        if parameter not in trained:
+            continue
         state = {}
         for full_name, value in tensors.items():
             owner, _, key = full_name.rpartition("/")

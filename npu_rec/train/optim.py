@@ -1,4 +1,4 @@
-"""Optimiser and learning rate."""
+"""Optimisers and learning rate."""
 
 from __future__ import annotations
 
@@ -7,13 +7,38 @@ import math
 import torch
 from torch import nn
 
-from npu_rec.config import TrainConfig
+from npu_rec.config import Config, TrainConfig
+from npu_rec.embedding import EmbeddingTable
+from npu_rec.ops import RowOptimizer
+
+
+def attach_row_optimizers(model: nn.Module, config: Config) -> list[RowOptimizer]:
+    """Give every table the optimiser of `embedding.optimizer`; none when that is `dense`."""
+    if config.embedding.optimizer == "dense":
+        return []
+    tables = [module for module in model.modules() if isinstance(module, EmbeddingTable)]
+    for table in tables:
+        table.optimizer = RowOptimizer(
+            config.embedding.optimizer,
+            lr=row_learning_rate(config, config.train.lr),
+            betas=config.train.betas,
+            eps=config.train.eps,
+            max_norm=config.train.clip_norm if config.train.clip == "row" else None,
+        )
+    return [table.optimizer for table in tables if table.optimizer is not None]
+
+
+def table_weights(model: nn.Module) -> set[nn.Parameter]:
+    """The weights of all tables."""
+    return {module.weight for module in model.modules() if isinstance(module, EmbeddingTable)}
 
 
 def build_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW over all parameters."""
+    """AdamW over all parameters but the tables that update themselves."""
+    own = {m.weight for m in model.modules() if isinstance(m, EmbeddingTable) and m.optimizer is not None}
+    parameters = [p for p in model.parameters() if p not in own]
     return torch.optim.AdamW(
-        model.parameters(), lr=train.lr, betas=train.betas, eps=train.eps, weight_decay=train.weight_decay, foreach=True
+        parameters, lr=train.lr, betas=train.betas, eps=train.eps, weight_decay=train.weight_decay, foreach=True
     )
 
 
@@ -25,3 +50,8 @@ def learning_rate(train: TrainConfig, step: int, total_steps: int) -> float:
         return train.lr
     progress = min(1.0, (step - train.warmup_steps) / max(1, total_steps - train.warmup_steps))
     return train.lr * (train.min_lr_ratio + (1.0 - train.min_lr_ratio) * 0.5 * (1.0 + math.cos(math.pi * progress)))
+
+
+def row_learning_rate(config: Config, lr: float) -> float:
+    """What the rows of tables learn with while everything else learns with `lr`."""
+    return lr if config.embedding.lr is None else lr / config.train.lr * config.embedding.lr

@@ -22,7 +22,13 @@ from npu_rec.ops.jagged import offsets_to_lengths
 from npu_rec.tasks import build_task
 from npu_rec.train import checkpoint as ckpt
 from npu_rec.train.evaluate import evaluate_split
-from npu_rec.train.optim import build_optimizer, learning_rate
+from npu_rec.train.optim import (
+    attach_row_optimizers,
+    build_optimizer,
+    learning_rate,
+    row_learning_rate,
+    table_weights,
+)
 from npu_rec.train.profile import StepProfiler
 from npu_rec.train.progress import TrainProgress
 from npu_rec.train.report import write_report
@@ -150,6 +156,7 @@ class _Trainer:
         self.config, self.run_dir, self.device, self.data, self.found = config, run, device, data, found
         self.task = build_task(config, data.facts)
         self.task.to(device.torch_device)  # before the optimiser: moving may replace parameters
+        self.row_optimizers = attach_row_optimizers(self.task, config)
         self.optimizer = build_optimizer(self.task, config.train)
         self.position = Position()
         device.manual_seed(config.train.seed)
@@ -263,6 +270,8 @@ class _Trainer:
         lr = learning_rate(train, position.step, self.total_steps)
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = lr
+        for rows in self.row_optimizers:
+            rows.lr = row_learning_rate(self.config, lr)
         self.optimizer.zero_grad(set_to_none=True)
         group = [batch.to(self.device.torch_device) for batch in group]
         loss_sum, weight_sum = 0.0, 0.0
@@ -270,11 +279,14 @@ class _Trainer:
         for batch in group:
             with self.device.autocast(self.dtype):
                 losses, weights = self.task.loss(batch, position.epoch)
-            losses.backward()
             loss_sum += float(losses.detach())
             weight_sum += float(weights)
+            if not self.row_optimizers:
+                losses.backward()
+            elif math.isfinite(loss_sum):  # rows change in the backward pass: afterwards is too late
+                (losses / (weight_sum or 1.0)).backward()  # the only batch of the step (config.py)
         for parameter in self.task.parameters():
-            if parameter.grad is not None:
+            if parameter.grad is not None and not self.row_optimizers:
                 parameter.grad /= weight_sum or 1.0  # known only now; the same mean however the batch is cut
         norm = self._gradient_norm()
         position.batch += len(group)
@@ -299,12 +311,12 @@ class _Trainer:
         self._log_step(group, loss_sum / (weight_sum or 1.0), lr, norm, total_tokens, seconds)
 
     def _gradient_norm(self) -> float:
-        gradients = [p.grad for p in self.task.parameters() if p.grad is not None]
+        apart = set() if self.config.train.clip == "global" else table_weights(self.task)
+        parameters = [p for p in self.task.parameters() if p not in apart]
+        gradients = [p.grad for p in parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
         if self.config.train.clip_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(
-                self.task.parameters(), self.config.train.clip_norm, norm, foreach=True
-            )
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.config.train.clip_norm, norm, foreach=True)
         return float(norm)
 
     def _log_step(

@@ -1,0 +1,187 @@
+"""HSTU attention with its relative bias: what is launched, with which tiles."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from npu_rec.kernels.triton.attention_backward import key_kernel, query_kernel
+from npu_rec.kernels.triton.attention_forward import forward_kernel
+from npu_rec.kernels.triton.schedule import work_items
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+PARTIAL_ENTRIES = 1 << 25  # of the position gradient over all programs: 128 MiB; beyond, programs share
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Rows of queries and keys of a tile, and warps and stages to run it with."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One call, as `npu_rec.ops.hstu_attention` describes it. Strides of the last dimension are 1.
+
+    Attributes:
+        position: `[2N - 1]` float32 or None; time: `[buckets + 1]` float32 or None.
+        query_seconds, key_seconds: `[T]` int32, their differences fit int32; None without `time`.
+        edges: `[buckets + 2]` int32.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    offsets: Tensor
+    num_targets: Tensor | None
+    position: Tensor | None
+    time: Tensor | None
+    query_seconds: Tensor | None
+    key_seconds: Tensor | None
+    edges: Tensor
+    max_seq_len: int
+    alpha: float
+    divisor: float
+    causal: bool
+    context: int
+    window: int
+    full: int
+
+    def pointers(self) -> tuple[Tensor, ...]:
+        """Arguments from `num_targets` to `edges`; an absent tensor's place is taken by one that is never read."""
+        absent = self.offsets
+        at_no_distance = None if self.position is None else self.position[self.max_seq_len - 1 :]
+        given = (self.num_targets, at_no_distance, self.time, self.query_seconds, self.key_seconds, self.edges)
+        return tuple(absent if x is None else x for x in given)
+
+    def numbers(self) -> tuple[float | int, ...]:
+        """Arguments from `alpha` to `buckets`."""
+        buckets = self.edges.shape[0] - 2
+        return self.alpha, 1.0 / self.divisor, self.context, self.window, self.full, buckets
+
+    def constants(self, tiles: Tiles) -> dict[str, Any]:
+        """Compile-time arguments and launch options."""
+        precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+        return {
+            "QK": self.q.shape[2],
+            "V": self.v.shape[2],
+            "CAUSAL": self.causal,
+            "HAS_TARGETS": self.num_targets is not None,
+            "HAS_CONTEXT": self.context > 0,
+            "HAS_WINDOW": self.window > 0,
+            "HAS_POSITION": self.position is not None,
+            "HAS_TIME": self.time is not None,
+            "PRECISION": "float32" if INTERPRETED else precision,
+            "BM": tiles.queries,
+            "BN": tiles.keys,
+            "BLOCK_QK": _block(self.q.shape[2]),
+            "BLOCK_V": _block(self.v.shape[2]),
+            "BLOCK_BUCKETS": triton.next_power_of_2(self.edges.shape[0] - 1),
+            "num_warps": tiles.warps,
+            "num_stages": tiles.stages,
+        }
+
+    @property
+    def width(self) -> int:
+        """The wider of the two padded head dimensions."""
+        return max(_block(self.q.shape[2]), _block(self.v.shape[2]))
+
+
+def _block(width: int) -> int:
+    return max(16, int(triton.next_power_of_2(width)))
+
+
+# (queries, keys, warps, stages) by padded width and bytes of an element: the largest that Triton's compiler places
+# without spilling much on sm_90 and sm_80. Queries are a multiple of keys in "forward" (a range of keys ends where the
+# diagonal begins) and equal to them in "query" (the position gradient sums diagonals).
+_TILES = {
+    ("forward", 64, 2): Tiles(128, 64, 8, 2),
+    ("forward", 128, 2): Tiles(128, 64, 8, 2),
+    ("forward", 256, 2): Tiles(64, 64, 8, 2),
+    ("query", 64, 2): Tiles(64, 64, 4, 2),
+    ("query", 128, 2): Tiles(64, 64, 8, 2),
+    ("query", 256, 2): Tiles(32, 32, 4, 1),
+    ("key", 64, 2): Tiles(64, 64, 4, 2),
+    ("key", 128, 2): Tiles(64, 64, 8, 2),
+    ("key", 256, 2): Tiles(32, 32, 4, 1),
+    ("forward", 64, 4): Tiles(32, 32, 4, 1),
+    ("forward", 128, 4): Tiles(32, 32, 8, 1),
+    ("forward", 256, 4): Tiles(16, 16, 4, 1),
+    ("query", 64, 4): Tiles(32, 32, 4, 1),
+    ("query", 128, 4): Tiles(32, 32, 8, 1),
+    ("query", 256, 4): Tiles(16, 16, 4, 1),
+    ("key", 64, 4): Tiles(16, 32, 4, 1),
+    ("key", 128, 4): Tiles(16, 32, 4, 1),
+    ("key", 256, 4): Tiles(16, 16, 4, 1),
+}
+
+
+def tiles_of(kernel: str, width: int, item_bytes: int) -> Tiles:
+    """Tiles of kernel "forward", "query" or "key" for heads of a padded width and elements of some bytes."""
+    return _TILES[kernel, max(64, width), item_bytes]
+
+
+def forward(call: Attention) -> Tensor:
+    """`[T, H, Dv]`."""
+    total, heads = call.q.shape[:2]
+    out = torch.empty(call.v.shape, dtype=call.v.dtype, device=call.v.device)
+    if out.numel() == 0:
+        return out
+    tiles = tiles_of("forward", call.width, call.q.element_size())
+    work = work_items(call.offsets, total, tiles.queries, last_first=call.causal)
+    strides = (x.stride(i) for x in (call.q, call.k, call.v, out) for i in (0, 1))
+    forward_kernel[(work.shape[0] * heads,)](
+        call.q, call.k, call.v, out, call.offsets, work, *call.pointers(), *strides, heads, *call.numbers(),
+        **call.constants(tiles),
+    )  # fmt: skip
+    return out
+
+
+def backward(call: Attention, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of q, k, v `[T, H, D]` and, in float32, of the position and time tables (None where absent)."""
+    dq, d_position, d_time = _query_gradients(call, grad)
+    dk = torch.empty(call.k.shape, dtype=call.k.dtype, device=call.k.device)
+    dv = torch.empty(call.v.shape, dtype=call.v.dtype, device=call.v.device)
+    total, heads = call.q.shape[:2]
+    if total:
+        tiles = tiles_of("key", call.width, call.q.element_size())
+        work = work_items(call.offsets, total, tiles.keys, last_first=False)
+        strides = (x.stride(i) for x in (grad, call.q, call.k, call.v, dk, dv) for i in (0, 1))
+        key_kernel[(work.shape[0] * heads,)](
+            grad, call.q, call.k, call.v, dk, dv, call.offsets, work, *call.pointers(), *strides, heads,
+            *call.numbers(), **call.constants(tiles),
+        )  # fmt: skip
+    return dq, dk, dv, d_position, d_time
+
+
+def _query_gradients(call: Attention, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    total, heads = call.q.shape[:2]
+    dq = torch.empty(call.q.shape, dtype=call.q.dtype, device=call.q.device)
+    tiles = tiles_of("query", call.width, call.q.element_size())
+    work = work_items(call.offsets, total, tiles.queries, last_first=call.causal) if total else None
+    programs = 0 if work is None else work.shape[0] * heads
+    entries = 2 * call.max_seq_len - 1
+    copies = max(1, min(programs, PARTIAL_ENTRIES // entries))
+
+    def partial(rows: int, columns: int) -> Tensor:
+        return torch.zeros(rows, columns, dtype=torch.float32, device=grad.device)
+
+    d_position = None if call.position is None else partial(copies, entries)
+    d_time = None if call.time is None else partial(programs, call.edges.shape[0] - 1)
+    if work is not None:
+        strides = (x.stride(i) for x in (grad, call.q, call.k, call.v, dq) for i in (0, 1))
+        query_kernel[(programs,)](
+            grad, call.q, call.k, call.v, dq, call.offsets, work, *call.pointers(),
+            grad if d_position is None else d_position, grad if d_time is None else d_time, copies, entries,
+            *strides, heads, call.max_seq_len - 1, *call.numbers(), **call.constants(tiles),
+        )  # fmt: skip
+    return dq, None if d_position is None else d_position.sum(0), None if d_time is None else d_time.sum(0)

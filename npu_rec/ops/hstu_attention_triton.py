@@ -1,0 +1,97 @@
+"""`hstu_attention` in Triton (kernels/triton): the bias, and its gradients, inside the kernel."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from npu_rec.ops.hstu_attention_request import HSTUAttentionRequest
+from npu_rec.ops.registry import Backend
+from npu_rec.ops.time_buckets import bucket_edges
+from npu_rec.ops.triton_support import INTERPRETED, unusable
+
+if TYPE_CHECKING:
+    from npu_rec.kernels.triton.attention import Attention
+
+FARTHEST = 2**30 - 1  # seconds from the middle of a batch's times, so that differences fit int32
+
+
+def supports(request: HSTUAttentionRequest) -> str | None:
+    """float32, bfloat16 and float16, heads up to 256 wide; products are accumulated in float32.
+
+    Times of a batch may span 68 years; those farther from the middle count as 34 years from it.
+    """
+    widest = max(request.q.shape[2], request.v.shape[2])
+    if widest > 256:
+        return f"a head is {widest} wide; up to 256"
+    return unusable(request.q, request.position_weight, request.time_weight)
+
+
+@cache
+def _edges(buckets: int, device: torch.device) -> Tensor:
+    return torch.tensor(bucket_edges(buckets)).clamp_max(2**31 - 1).to(device, torch.int32)
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _call(request: HSTUAttentionRequest) -> Attention:
+    from npu_rec.kernels.triton.attention import Attention
+
+    rule, position, time = request.rule, request.position_weight, request.time_weight
+    query_seconds = key_seconds = None
+    if time is not None and request.q.shape[0]:
+        assert request.query_time is not None
+        assert request.key_time is not None
+        times = torch.stack([request.query_time, request.key_time])
+        least, most = times.aminmax()
+        times = (times - (least + (most - least) // 2)).clamp(-FARTHEST, FARTHEST).to(torch.int32)
+        query_seconds, key_seconds = times[0], times[1]
+    return Attention(
+        _unit_stride(request.q),
+        _unit_stride(request.k),
+        _unit_stride(request.v),
+        request.offsets,
+        request.num_targets,
+        None if position is None else position.float().contiguous(),
+        None if time is None else time.float().contiguous(),
+        query_seconds,
+        key_seconds,
+        _edges(1 if time is None else time.shape[0] - 1, request.q.device),
+        request.max_seq_len,
+        request.alpha,
+        request.divisor,
+        rule.causal,
+        rule.contextual_seq_len,
+        rule.max_attn_len,
+        rule.min_full_attn_seq_len,
+    )
+
+
+def forward(request: HSTUAttentionRequest) -> Tensor:
+    """`[T, H, Dv]`."""
+    from npu_rec.kernels.triton import attention
+
+    return attention.forward(_call(request))
+
+
+def backward(request: HSTUAttentionRequest, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of q, k, v, position_weight, time_weight."""
+    from npu_rec.kernels.triton import attention
+
+    dq, dk, dv, d_position, d_time = attention.backward(_call(request), _unit_stride(grad))
+    position, time = request.position_weight, request.time_weight
+    return (
+        dq,
+        dk,
+        dv,
+        None if position is None or d_position is None else d_position.to(position.dtype),
+        None if time is None or d_time is None else d_time.to(time.dtype),
+    )
+
+
+BACKEND = Backend("triton", forward, backward, supports, by_name_only=INTERPRETED)

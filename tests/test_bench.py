@@ -1,0 +1,54 @@
+"""Benchmarks: what a row says, and the suites that are not run by the tests of the commands."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from strategies import one_thread  # noqa: F401
+from torch import Tensor
+
+from npu_rec.bench import run_suite
+from npu_rec.bench.harness import Contender, compare
+from npu_rec.device import get_device
+from npu_rec.ops import RowOptimizer, embedding_lookup
+
+CPU = get_device("cpu")
+
+
+def test_a_contender_that_learns_is_timed_with_its_update() -> None:
+    table = torch.zeros(9, 4, requires_grad=True)
+    optimizer = RowOptimizer("sgd", 1.0)
+
+    def lookup(ids: Tensor, table: Tensor) -> Tensor:
+        return embedding_lookup(table, ids, optimizer=optimizer)
+
+    contenders = [
+        Contender("gradient", lambda ids, table: table[ids], (table,)),
+        Contender("update", lookup, (table,), learn=Tensor.backward),
+    ]
+    ids = torch.tensor([1, 1, 5])
+    rows = compare("name", "shape", contenders, [(ids,)], CPU, repeats=3, table_rows=3)
+    runs = optimizer.step
+    assert runs >= 3
+    assert table[:, 0].tolist() == [0, -2 * runs, 0, 0, 0, -runs, 0, 0, 0]
+    assert [row.backend for row in rows] == ["gradient", "update"]
+    assert rows[0].speedup == 1.0
+    for row in rows:
+        assert row.rows_per_second == pytest.approx(3 / (row.total_ms * 1e-3))
+    (without,) = compare("name", "shape", contenders[:1], [(ids,)], CPU, repeats=1)
+    assert without.rows_per_second is None
+
+
+@pytest.mark.parametrize("name", ["norm-gate", "embedding"])
+def test_suites_begin_each_case_with_plain_pytorch(name: str) -> None:
+    rows = run_suite(name, CPU, repeats=1)
+    shapes = list(dict.fromkeys(row.shape for row in rows))
+    assert len(shapes) == {"norm-gate": 2, "embedding": 4}[name]
+    for shape in shapes:
+        case = [row for row in rows if row.shape == shape]
+        assert len({row.backend for row in case}) == len(case)
+        assert "PyTorch" in case[0].backend
+        assert case[0].speedup == 1.0
+        assert all((row.rows_per_second is not None) == (name == "embedding") for row in case)
+        if shape.endswith("with update"):
+            assert case[-1].backend == "reference, rowwise_adagrad"
