@@ -377,3 +377,21 @@ def test_opcheck_of_the_update(backend: str, name: RowOptimizerName, ids: list[i
     grad = gradients(0, len(ids), 3).to(table)
     state = (table, optimizer.square, optimizer.momentum)
     opcheck("embedding_update", backend, (*state, index, grad, name, 0.1, 0.9, 0.999, 1e-8, 1.0, 1, backend))
+
+
+@pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize("name", ["sgd", "rowwise_adagrad", "rowwise_adam"])
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+def test_a_gradient_that_is_not_finite_leaves_its_row_alone(backend: str, name: str, bad: float) -> None:
+    place = place_for(backend)
+    table = table_of(5, 3, 0, place)["table"].requires_grad_()
+    before = table.detach().clone()
+    optimizer = RowOptimizer(name, 0.1)  # type: ignore[arg-type]
+    ids = torch.tensor([1, 3, 1], device=place.device)
+    grad = torch.ones(3, 3, dtype=place.dtype, device=place.device)
+    grad[2, 1] = bad
+    embedding_lookup(table, ids, optimizer=optimizer, backend=backend).backward(grad)
+    changed = (table != before).any(1).tolist()
+    assert changed == [False, False, False, True, False]
+    for state in (optimizer.square, optimizer.momentum):
+        assert state is None or (state.isfinite().all() and not state[1].any())

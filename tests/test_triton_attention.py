@@ -119,9 +119,54 @@ def test_the_same_call_gives_the_same_bits() -> None:
 
 
 @pytest.mark.usefixtures("small_tiles")
-def test_programs_may_share_a_partial_position_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "PARTIAL_ENTRIES", 3 * (2 * EVERYTHING.max_seq_len - 1))
+@pytest.mark.parametrize("programs", [1, 3])
+def test_rows_may_be_taken_a_few_programs_at_a_time(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "PARTIAL_ENTRIES", programs * (2 * EVERYTHING.max_seq_len - 1))
     check(EVERYTHING)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+@pytest.mark.parametrize("place", ["k", "v"])
+def test_numbers_that_are_not_finite_stay_inside_the_gradients(
+    bad: float, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = AttentionCase((40,), max_seq_len=40, heads=1, bias="time")
+    leaves = case.leaves(torch.float32, DEVICE)
+    leaves[place][0] = bad
+    around: list[Tensor] = []
+    zeros = torch.zeros
+
+    def fenced(*shape: int, **options: object) -> Tensor:
+        if len(shape) != 2:
+            return zeros(*shape, **options)  # type: ignore[call-overload, no-any-return]
+        whole = zeros(shape[0] * shape[1] + 400, **options)  # type: ignore[call-overload]
+        around.append(whole)
+        return whole[200:-200].view(shape)  # type: ignore[no-any-return]
+
+    out = case.call("triton", DEVICE)(**{name: leaf.requires_grad_() for name, leaf in leaves.items()})
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "zeros", fenced)
+        out.sum().backward()
+    assert len(around) == 2  # partial gradients of the two tables
+    for whole in around:
+        assert not whole[:200].any()
+        assert not whole[-200:].any()
+    gradient = leaves["position_weight"].grad
+    assert gradient is not None
+    assert not gradient[40:].any()  # no key lies ahead of its query
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_offsets_and_targets_may_be_columns_of_a_table() -> None:
+    table = torch.tensor([[0, 3], [25, 5], [40, 0]], device=DEVICE)
+    x = torch.randn(40, 1, 4, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    offsets, targets = table[:, 0], table[:2, 1]
+
+    def run(backend: str) -> Tensor:
+        return hstu_attention(x, x, x, offsets, max_seq_len=30, num_targets=targets, backend=backend)
+
+    torch.testing.assert_close(run("triton"), run("reference"), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("lengths", [(), (0,), (0, 0)])

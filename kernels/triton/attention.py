@@ -15,7 +15,7 @@ from npu_rec.kernels.triton.attention_forward import forward_kernel
 from npu_rec.kernels.triton.schedule import work_items
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-PARTIAL_ENTRIES = 1 << 25  # of the position gradient over all programs: 128 MiB; beyond, programs share
+PARTIAL_ENTRIES = 1 << 25  # of the position gradient over all programs of a launch: 128 MiB
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,8 @@ class Attention:
 
     def constants(self, tiles: Tiles) -> dict[str, Any]:
         """Compile-time arguments and launch options."""
-        precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+        # follows set_float32_matmul_precision and allow_tf32 too
+        precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
         return {
             "QK": self.q.shape[2],
             "V": self.v.shape[2],
@@ -168,20 +169,23 @@ def _query_gradients(call: Attention, grad: Tensor) -> tuple[Tensor, Tensor | No
     dq = torch.empty(call.q.shape, dtype=call.q.dtype, device=call.q.device)
     tiles = tiles_of("query", call.width, call.q.element_size())
     work = work_items(call.offsets, total, tiles.queries, last_first=call.causal) if total else None
-    programs = 0 if work is None else work.shape[0] * heads
+    items = 0 if work is None else work.shape[0]
     entries = 2 * call.max_seq_len - 1
-    copies = max(1, min(programs, PARTIAL_ENTRIES // entries))
+    # a launch has no more programs than there may be position gradients: each its own, so that no two race
+    at_once = max(1, items if call.position is None else min(items, PARTIAL_ENTRIES // (entries * heads)))
 
     def partial(rows: int, columns: int) -> Tensor:
         return torch.zeros(rows, columns, dtype=torch.float32, device=grad.device)
 
-    d_position = None if call.position is None else partial(copies, entries)
-    d_time = None if call.time is None else partial(programs, call.edges.shape[0] - 1)
-    if work is not None:
-        strides = (x.stride(i) for x in (grad, call.q, call.k, call.v, dq) for i in (0, 1))
-        query_kernel[(programs,)](
-            grad, call.q, call.k, call.v, dq, call.offsets, work, *call.pointers(),
-            grad if d_position is None else d_position, grad if d_time is None else d_time, copies, entries,
+    d_position = None if call.position is None else partial(at_once * heads, entries)
+    d_time = None if call.time is None else partial(items * heads, call.edges.shape[0] - 1)
+    strides = [x.stride(i) for x in (grad, call.q, call.k, call.v, dq) for i in (0, 1)]
+    for first in range(0, items, at_once):
+        assert work is not None
+        some = work[first : first + at_once]
+        query_kernel[(some.shape[0] * heads,)](
+            grad, call.q, call.k, call.v, dq, call.offsets, some, *call.pointers(),
+            grad if d_position is None else d_position, grad if d_time is None else d_time[first * heads :], entries,
             *strides, heads, call.max_seq_len - 1, *call.numbers(), **call.constants(tiles),
         )  # fmt: skip
     return dq, None if d_position is None else d_position.sum(0), None if d_time is None else d_time.sum(0)

@@ -30,7 +30,7 @@ def query_rows(
     BM: tl.constexpr, BN: tl.constexpr, BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_BUCKETS: tl.constexpr,
 ):  # fmt: skip
     """Rows `query_begin`..+BM of dq; adds to `d_position` (at distance 0) and writes `d_time [buckets + 1]`."""
-    PLAIN: tl.constexpr = CAUSAL and not (HAS_TARGETS or HAS_CONTEXT or HAS_WINDOW)
+    PLAIN: tl.constexpr = CAUSAL and not ((HAS_TARGETS or HAS_CONTEXT) or HAS_WINDOW)  # Triton 3.2 takes two at a time
     shift = tl.maximum(context - 1, 0)
     history, limit = length - targets, length - targets - shift
     query = query_begin + tl.arange(0, BM)
@@ -80,7 +80,8 @@ def query_rows(
             CAUSAL, PLAIN, HAS_CONTEXT, HAS_WINDOW,
         )  # fmt: skip
         d_score = product(grad_tile, v_tile, PRECISION) * silu_gradient(score, tl.sigmoid(score))
-        d_score = tl.where(mask, d_score, 0.0)
+        # behind the end grad is 0, but 0 times infinity is not
+        d_score = tl.where(mask & (query < length)[:, None], d_score, 0.0)
         result += product(d_score.to(k_tile.dtype), k_tile, PRECISION)
         if HAS_POSITION:
             position_gradient(
@@ -102,14 +103,14 @@ def query_rows(
 @triton.jit
 def query_kernel(
     grad, q, k, v, dq, offsets, work, num_targets, position, time_weight, query_time, key_time, edges,
-    d_position, d_time, position_copies, position_entries,
+    d_position, d_time, position_entries,
     stride_gt, stride_gh, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dt, stride_dh,
     heads, origin, alpha, inverse_divisor, context, window, full, buckets,
     QK: tl.constexpr, V: tl.constexpr, CAUSAL: tl.constexpr, HAS_TARGETS: tl.constexpr, HAS_CONTEXT: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_POSITION: tl.constexpr, HAS_TIME: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_BUCKETS: tl.constexpr,
 ):  # fmt: skip
-    """One item of `work` and one head a program; `d_time [programs, buckets + 1]`, `d_position [copies, entries]`."""
+    """One item of `work` and one head a program; `d_time [programs, buckets + 1]`, `d_position [programs, entries]`."""
     program = tl.program_id(0)
     item, head = program // heads, (program % heads).to(tl.int64)
     sequence, block = tl.load(work + 2 * item), tl.load(work + 2 * item + 1)
@@ -124,7 +125,7 @@ def query_kernel(
             k + start * stride_kt + head * stride_kh, v + start * stride_vt + head * stride_vh,
             dq + start * stride_dt + head * stride_dh,
             position, time_weight, query_time + start, key_time + start, edges,
-            d_position + (program % position_copies).to(tl.int64) * position_entries + origin,
+            d_position + program.to(tl.int64) * position_entries + origin,
             d_time + program.to(tl.int64) * (buckets + 1),
             stride_gt, stride_qt, stride_kt, stride_vt, stride_dt,
             block * BM, length, targets, alpha, inverse_divisor, context, window, full, buckets,
@@ -143,7 +144,7 @@ def key_rows(
     BM: tl.constexpr, BN: tl.constexpr, BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_BUCKETS: tl.constexpr,
 ):  # fmt: skip
     """Rows `key_begin`..+BN of dk and dv; tiles are transposed, `[BN keys, BM queries]`."""
-    PLAIN: tl.constexpr = CAUSAL and not (HAS_TARGETS or HAS_CONTEXT or HAS_WINDOW)
+    PLAIN: tl.constexpr = CAUSAL and not ((HAS_TARGETS or HAS_CONTEXT) or HAS_WINDOW)  # Triton 3.2 takes two at a time
     shift = tl.maximum(context - 1, 0)
     history, limit = length - targets, length - targets - shift
     key = key_begin + tl.arange(0, BN)

@@ -17,7 +17,7 @@ def forward_rows(
     BM: tl.constexpr, BN: tl.constexpr, BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_BUCKETS: tl.constexpr,
 ):  # fmt: skip
     """Rows `query_begin`..+BM of `out`; the pointers stand at token 0 of the sequence and at the head."""
-    PLAIN: tl.constexpr = CAUSAL and not (HAS_TARGETS or HAS_CONTEXT or HAS_WINDOW)
+    PLAIN: tl.constexpr = CAUSAL and not ((HAS_TARGETS or HAS_CONTEXT) or HAS_WINDOW)  # Triton 3.2 takes two at a time
     shift = tl.maximum(context - 1, 0)
     history, limit = length - targets, length - targets - shift
     query = query_begin + tl.arange(0, BM)

@@ -10,7 +10,7 @@ from npu_rec.kernels.triton.row_update_tile import mean_square, moving_average, 
 from npu_rec.kernels.triton.segment_sum import entries_at_once, segment_total, segments_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total"])
 def lookup_kernel(table, ids, out, total, width, stride, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     tokens = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK)[None, :]
@@ -40,18 +40,21 @@ def rows_kernel(
         at = table + row * stride + columns
         if RULE == "gradient":
             tl.store(at, g.to(table.dtype.element_ty), mask=inside)
-        else:
+        elif tl.sum(g * g, 0) < float("inf"):  # a gradient that is not finite leaves its row alone
             if max_norm is not None:
                 g = shortened(g, max_norm)
+            # every thread reads the row's number, one writes it: not before all have read
             if RULE == "rowwise_adagrad":
                 s = tl.load(square + row) + mean_square(g, width)
+                tl.debug_barrier()
                 tl.store(square + row, s)
                 g = g / (tl.sqrt(s) + eps)
             if RULE == "rowwise_adam":
                 s = moving_average(tl.load(square + row), mean_square(g, width), beta2, rest2)
-                tl.store(square + row, s)
                 at_momentum = momentum + row * width + columns
                 m = moving_average(tl.load(at_momentum, mask=inside, other=0.0), g, beta1, rest1)
+                tl.debug_barrier()
+                tl.store(square + row, s)
                 tl.store(at_momentum, m, mask=inside)
                 g = m / correction1 / (tl.sqrt(s / correction2) + eps)
             w = tl.load(at, mask=inside, other=0.0).to(tl.float32) - lr * g

@@ -25,7 +25,7 @@ def dropout_of(keys, rows, columns, total, threshold, kept_scale):
     return dropout_scale(low, high, columns, threshold, kept_scale)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total"])
 def forward_kernel(
     x, gate, weight, bias, keys, out, total, width, stride_x, stride_gate, eps, threshold, kept_scale,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -51,7 +51,7 @@ def forward_kernel(
         tl.store(out + rows * width + columns, value.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total"])
 def backward_kernel(
     grad, x, gate, weight, bias, keys, dx, d_gate, d_weight, d_bias,
     total, width, stride_grad, stride_x, stride_gate, eps, threshold, kept_scale,
@@ -95,7 +95,9 @@ def backward_kernel(
 
 def _halves(keys: Tensor | None, dropout: float) -> Tensor | None:
     """int64 keys `[T]` as int32 `[T, 2]`, low half first; None when nothing is dropped."""
-    return None if keys is None or dropout == 0.0 else keys.contiguous().view(torch.int32)
+    if keys is None or dropout == 0.0:
+        return None
+    return (keys if keys.stride(0) == 1 else keys.clone(memory_format=torch.contiguous_format)).view(torch.int32)
 
 
 def forward(

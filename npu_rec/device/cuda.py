@@ -32,6 +32,11 @@ def count() -> int:
     return torch.cuda.device_count()
 
 
+def compute_capability(index: int) -> tuple[int, int]:
+    """(major, minor) of the GPU of that index."""
+    return torch.cuda.get_device_capability(index)
+
+
 def profile(index: int) -> HardwareProfile:
     """The GPU of that index."""
     properties = torch.cuda.get_device_properties(index)

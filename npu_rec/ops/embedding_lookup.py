@@ -31,7 +31,9 @@ def embedding_lookup(
         ids: `[T]` int64.
         optimizer: None: the gradient of `table` is an ordinary dense one. Otherwise the backward pass updates the
             rows in place and `table` gets no gradient: every lookup is one update, in which equal ids are summed
-            first; `table` must require a gradient all the same, or there is no backward pass.
+            first; `table` must require a gradient all the same, or there is no backward pass. A second backward pass
+            over the same graph updates again, and one that computes the lookup anew (activation checkpointing) must
+            not follow another update of the table in that pass.
         backend: `auto`, or the name of one.
 
     Raises:

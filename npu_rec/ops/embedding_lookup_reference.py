@@ -30,6 +30,8 @@ def _update(request: EmbeddingLookupRequest, grad: Tensor) -> None:
     rows, place = torch.unique(request.ids, return_inverse=True)
     g = torch.zeros(rows.shape[0], table.shape[1], dtype=dtype, device=table.device)
     g.index_add_(0, place, grad.to(dtype))
+    finite = g.square().sum(1).isfinite()
+    rows, g = rows[finite], g[finite]
     if update.max_norm is not None:
         length = torch.linalg.vector_norm(g, dim=1, keepdim=True)
         g = torch.where(length > update.max_norm, g * (update.max_norm / length), g)

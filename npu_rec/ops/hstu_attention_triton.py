@@ -47,16 +47,16 @@ def _call(request: HSTUAttentionRequest) -> Attention:
     if time is not None and request.q.shape[0]:
         assert request.query_time is not None
         assert request.key_time is not None
-        times = torch.stack([request.query_time, request.key_time])
-        least, most = times.aminmax()
-        times = (times - (least + (most - least) // 2)).clamp(-FARTHEST, FARTHEST).to(torch.int32)
-        query_seconds, key_seconds = times[0], times[1]
+        least, most = torch.stack([request.query_time, request.key_time]).aminmax()
+        middle = least + (most - least) // 2
+        query_seconds = (request.query_time - middle).clamp(-FARTHEST, FARTHEST).to(torch.int32)
+        key_seconds = (request.key_time - middle).clamp(-FARTHEST, FARTHEST).to(torch.int32)
     return Attention(
         _unit_stride(request.q),
         _unit_stride(request.k),
         _unit_stride(request.v),
-        request.offsets,
-        request.num_targets,
+        request.offsets.contiguous(),
+        None if request.num_targets is None else request.num_targets.contiguous(),
         None if position is None else position.float().contiguous(),
         None if time is None else time.float().contiguous(),
         query_seconds,

@@ -20,8 +20,9 @@ class RowOptimizer:
         rowwise_adam      m = b1 m + (1 - b1) g;  s = b2 s + (1 - b2) mean(g^2)
                           w -= lr (m / (1 - b1^t)) / (sqrt(s / (1 - b2^t)) + eps)
 
-    t counts the updates of the table (FBGEMM's EXACT_ROWWISE_ADAGRAD and PARTIAL_ROWWISE_ADAM). Rows that were
-    not looked up stay as they are, moments included; there is no weight decay. `lr` may change between steps.
+    t counts the updates of the table (FBGEMM's EXACT_ROWWISE_ADAGRAD and PARTIAL_ROWWISE_ADAM). Rows that were not
+    looked up, and those whose g is not finite, stay as they are, moments included; there is no weight decay. `lr` may
+    change between steps.
 
     Attributes:
         max_norm: where a row's g is longer, it is scaled to this length first; None: never.

@@ -33,6 +33,7 @@ class NegativeSampler:
                 raise ConfigError("task.options.negatives: popularity needs training events")
             # thin out what does not fit the 31-bit draw, keeping every item that occurs
             self.cumulative = torch.cumsum(counts if total < 2**31 else -(-counts * 2**30 // total), 0)
+            self.total = int(self.cumulative[-1])
 
     def draw(self, keys: Tensor, count: int, in_batch: Tensor) -> Tensor:
         """`keys [T]` -> `[T, count]` int64 columns; `in_batch [T]` are the columns of the batch's items."""
@@ -46,7 +47,7 @@ class NegativeSampler:
                 else in_batch.new_zeros((0, count))
             )
         cumulative = self.cumulative.to(keys.device)
-        return torch.searchsorted(cumulative, random_integers(keys, count, int(cumulative[-1])), right=True)
+        return torch.searchsorted(cumulative, random_integers(keys, count, self.total), right=True)
 
     def log_q(self) -> Tensor:
         """`[C]` log of the probability that a draw is that item; for in_batch, of its occurring in training.

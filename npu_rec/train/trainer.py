@@ -12,6 +12,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from npu_rec.config import Config, load_resolved
 from npu_rec.data.batch import JaggedBatch
@@ -273,17 +274,17 @@ class _Trainer:
         for rows in self.row_optimizers:
             rows.lr = row_learning_rate(self.config, lr)
         self.optimizer.zero_grad(set_to_none=True)
-        group = [batch.to(self.device.torch_device) for batch in group]
         loss_sum, weight_sum = 0.0, 0.0
-        total_tokens = sum(batch.tokens for batch in group)
+        lengths = [offsets_to_lengths(batch.offsets) for batch in group]
+        group = [batch.to(self.device.torch_device) for batch in group]
         for batch in group:
             with self.device.autocast(self.dtype):
                 losses, weights = self.task.loss(batch, position.epoch)
-            loss_sum += float(losses.detach())
-            weight_sum += float(weights)
             if not self.row_optimizers:
                 losses.backward()
-            elif math.isfinite(loss_sum):  # rows change in the backward pass: afterwards is too late
+            loss_sum += float(losses.detach())
+            weight_sum += float(weights)
+            if self.row_optimizers and math.isfinite(loss_sum):  # rows change in the backward pass: later is too late
                 (losses / (weight_sum or 1.0)).backward()  # the only batch of the step (config.py)
         for parameter in self.task.parameters():
             if parameter.grad is not None and not self.row_optimizers:
@@ -308,7 +309,7 @@ class _Trainer:
         self.device.synchronize()
         seconds = perf_counter() - start
         position.train_seconds += seconds
-        self._log_step(group, loss_sum / (weight_sum or 1.0), lr, norm, total_tokens, seconds)
+        self._log_step(lengths, loss_sum / (weight_sum or 1.0), lr, norm, seconds)
 
     def _gradient_norm(self) -> float:
         apart = set() if self.config.train.clip == "global" else table_weights(self.task)
@@ -319,11 +320,9 @@ class _Trainer:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.config.train.clip_norm, norm, foreach=True)
         return float(norm)
 
-    def _log_step(
-        self, group: list[JaggedBatch], loss: float, lr: float, norm: float, tokens: int, seconds: float
-    ) -> None:
-        position = self.position
-        flops = 3.0 * sum(self.task.flops(offsets_to_lengths(batch.offsets).cpu()) for batch in group)
+    def _log_step(self, lengths: list[Tensor], loss: float, lr: float, norm: float, seconds: float) -> None:
+        position, tokens = self.position, int(sum(x.sum() for x in lengths))
+        flops = 3.0 * sum(self.task.flops(x) for x in lengths)
         speed = {"tokens_per_second": tokens / seconds, "mfu": flops / seconds / self.peak_flops}
         if position.step % self.config.train.log_every == 0:
             values = {"loss": loss, "lr": lr, "gradient_norm": norm, "tokens": float(tokens), **speed}
