@@ -8,6 +8,8 @@ CONFIG ?= configs/quickstart.yaml
 
 # A torch that is there already is kept when it is new enough; a torch of the system is shared with the environment.
 SUITABLE := import torch; raise SystemExit(tuple(map(int, torch.__version__.split('.')[:2])) < (2, 10))
+# Triton for the tests, unless the environment has one; never beside torch_npu, whose triton-ascend it would overwrite.
+HAS_TRITON := from importlib.util import find_spec; raise SystemExit(not (find_spec('triton') or find_spec('torch_npu')))
 export TORCH_DEVICE_BACKEND_AUTOLOAD ?= 0
 
 .PHONY: train test lint docs install clean
@@ -39,7 +41,9 @@ $(VENV)/.installed: pyproject.toml setup.py Makefile $(wildcard kernels/cpu/*)
 	if [ -n "$(TORCH)" ]; then $(BIN)/python -m pip install -q $(TORCH); \
 	else $(BIN)/python -c "$(SUITABLE)" 2>/dev/null || $(BIN)/python -m pip install -q torch==2.13.0; fi && \
 	$(BIN)/python -m pip install -q 'setuptools>=77' && \
-	$(BIN)/python -m pip install -q --no-build-isolation -e '.[dev]' && touch $@ && \
+	$(BIN)/python -m pip install -q --no-build-isolation -e '.[dev]' && \
+	{ $(BIN)/python -c "$(HAS_TRITON)" || $(BIN)/python -m pip install -q triton \
+		|| echo "triton cannot be installed here: the tests of its kernels are skipped"; } && touch $@ && \
 	echo "installed in $$(( $$(date +%s) - start )) s"
 
 clean:

@@ -126,6 +126,7 @@ def test_rows_may_be_taken_a_few_programs_at_a_time(programs: int, monkeypatch: 
 
 
 @pytest.mark.usefixtures("small_tiles")
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 @pytest.mark.parametrize("bad", [torch.inf, torch.nan])
 @pytest.mark.parametrize("place", ["k", "v"])
 def test_numbers_that_are_not_finite_stay_inside_the_gradients(
