@@ -29,7 +29,7 @@ Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
 class Section(BaseModel):
     """A part of the configuration: unknown keys are errors, values are checked on assignment."""
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class DeviceConfig(Section):
@@ -40,6 +40,7 @@ class DeviceConfig(Section):
     )
     threads: Positive | None = Field(
         None,
+        le=4096,  # far beyond, making the threads ends the process
         description="CPU threads of one process. Unset: PyTorch's choice. Results are bit-equal for equal threads.",
     )
 
@@ -181,6 +182,7 @@ class OpsConfig(Section):
 
     hstu_attention: str = Field("auto", description="Attention of HSTU with its relative bias.")
     sampled_softmax_loss: str = Field("auto", description="Loss of the retrieval task.")
+    linear_silu: str = Field("auto", description="Projection with SiLU, the start of a research HSTU layer.")
     norm_gate: str = Field("auto", description="LayerNorm times gate, the end of an HSTU layer.")
     embedding_lookup: str = Field("auto", description="Rows of the item table.")
 
@@ -293,7 +295,7 @@ def validate(model: type[SectionT], raw: Any, origins: Origins, prefix: Path_ = 
         problem = error.errors()[0]
         location = [part for part in problem["loc"] if isinstance(part, str)]
         key = (*prefix, *location)
-        where = f"{_origin(origins, key)}: {'.'.join(key)}" if key else _origin(origins, key)
+        where = f"{_origin(origins, key)}: {'.'.join(key)}" if key else _all_origins(origins)
         if problem["type"] == "extra_forbidden":
             raise ConfigError(f"{where}: unknown key{_suggest(model, location, prefix)}") from None
         message = problem["msg"].removeprefix("Value error, ")
@@ -339,6 +341,11 @@ def _origin(origins: Origins, key: Path_) -> str:
     while key and key not in origins:
         key = key[:-1]
     return origins.get(key, "configuration")
+
+
+def _all_origins(origins: Origins) -> str:
+    """The file and, where there are any, the overrides: what keys that contradict each other may come from."""
+    return _origin(origins, ()) + (" with --set" if "--set" in origins.values() else "")
 
 
 def _read(path: Path, origins: Origins, seen: tuple[Path, ...]) -> dict[str, Any]:

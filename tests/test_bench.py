@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import npu_rec
 from strategies import one_thread  # noqa: F401
 from torch import Tensor
 
@@ -52,3 +53,10 @@ def test_suites_begin_each_case_with_plain_pytorch(name: str) -> None:
         assert all((row.rows_per_second is not None) == (name == "embedding") for row in case)
         if shape.endswith("with update"):
             assert case[-1].backend == "reference, rowwise_adagrad"
+
+
+def test_more_threads_than_a_process_can_have_are_refused() -> None:
+    done = npu_rec("bench", "norm-gate", "--threads", 100_000_000, "--repeats", 1)
+    assert done.returncode == 2
+    assert "--threads" in done.stderr
+    assert "4096" in done.stderr

@@ -100,6 +100,13 @@ def test_a_wrong_key_is_blamed_on_the_file_that_holds_it() -> None:
     assert refusal("train.lr=1", **files, b="train: {epochs: x}").startswith("b.yaml: train.epochs: ")
 
 
+def test_keys_that_contradict_each_other_are_blamed_on_the_file_and_the_overrides() -> None:
+    expected = "train.accumulate: embedding.optimizer sgd updates rows"
+    file = "train: {accumulate: 2}\nembedding: {optimizer: sgd}"
+    assert refusal(a=file).startswith(f"a.yaml: {expected}")
+    assert refusal("train.accumulate=2", a="embedding: {optimizer: sgd}").startswith(f"a.yaml with --set: {expected}")
+
+
 # --- values
 
 
@@ -108,6 +115,11 @@ def test_a_wrong_key_is_blamed_on_the_file_that_holds_it() -> None:
     [
         ("train: {lr: abc}", "a.yaml: train.lr: ", "(given: 'abc')"),
         ("train: {lr: 0}", "a.yaml: train.lr: ", "(given: 0)"),
+        ("train: {lr: .inf}", "a.yaml: train.lr: Input should be a finite number", "(given: inf)"),
+        ("train: {clip_norm: .inf}", "a.yaml: train.clip_norm: Input should be a finite", "(given: inf)"),
+        ("embedding: {lr: .inf}", "a.yaml: embedding.lr: Input should be a finite number", "(given: inf)"),
+        ("embedding: {lr: .nan}", "a.yaml: embedding.lr: Input should be a finite number", "(given: nan)"),
+        ("device: {threads: 4097}", "a.yaml: device.threads: Input should be less than", "(given: 4097)"),
         ("train: {epochs: 2.5}", "a.yaml: train.epochs: ", "(given: 2.5)"),
         ("train: {epochs: 1e2}", "a.yaml: train.epochs: ", "(given: '1e2')"),
         ("train: {max_steps: 0}", "a.yaml: train.max_steps: ", "(given: 0)"),

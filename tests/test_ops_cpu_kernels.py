@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from conftest import npu_rec, npu_rec_json
 from strategies import AttentionCase, Place
 from torch import Tensor
 
@@ -87,6 +88,34 @@ def test_an_instruction_set_that_is_not_there_is_refused(monkeypatch: pytest.Mon
     monkeypatch.setenv(ISA_VARIABLE, "sve9")
     with pytest.raises(BackendError, match=r"sve9.*plain"):
         instruction_set()
+    x = torch.zeros(1, 2)
+    for backend in ("auto", "cpp"):  # auto does not go on to a slower backend without a word
+        with pytest.raises(BackendError, match=r"NPU_REC_CPU_ISA=sve9: .*plain"):
+            norm_gate(x, x, backend=backend)
+    for operator in OPERATORS.values():
+        reasons = operator.availability(torch.device("cpu"))
+        assert "sve9" in (reasons.get("cpp") or "sve9")
+        assert reasons["reference"] is None
+
+
+@pytest.mark.parametrize("wanted", ["plain", "sve9"])
+def test_doctor_says_which_instruction_set_is_used_or_why_none(wanted: str) -> None:
+    document = npu_rec_json("doctor", env={ISA_VARIABLE: wanted})
+    reason = None if wanted == "plain" else "NPU_REC_CPU_ISA=sve9: this machine and build have "
+    assert document["cpp_instruction_set"] == ("plain" if reason is None else None)
+    if document["selected"] == "cpu":
+        for backends in document["operators"].values():
+            if "cpp" in backends:
+                assert (backends["cpp"] is None) if reason is None else backends["cpp"].startswith(reason)
+    shown = npu_rec("doctor", env={ISA_VARIABLE: wanted}).stdout
+    assert f"instruction set of cpp: {'plain' if reason is None else f'none: {reason}'}" in shown
+
+
+def test_an_empty_instruction_set_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(ISA_VARIABLE, raising=False)
+    fastest = instruction_set()
+    monkeypatch.setenv(ISA_VARIABLE, "")
+    assert instruction_set() == fastest
 
 
 def test_too_many_rows_go_to_another_backend() -> None:
@@ -243,9 +272,9 @@ def test_the_bits_of_updates_and_gradients_do_not_depend_on_the_threads(
     assert all(torch.equal(a, b) for a, b in zip(on_three, run(), strict=True))
 
 
-def test_tables_and_states_that_the_kernels_do_not_take_are_refused_with_a_reason() -> None:
+def test_tables_that_the_kernels_do_not_take_are_refused_with_a_reason() -> None:
     operator = OPERATORS["embedding_lookup"]
-    ids, optimizer = torch.tensor([0]), RowOptimizer("rowwise_adagrad", 0.1, square=torch.zeros(4).double())
+    ids = torch.tensor([0])
     for table, reason in (
         (torch.zeros(4, 6)[:, ::2], "not contiguous"),
         (torch.zeros(3, 4).t(), "not contiguous"),
@@ -254,8 +283,6 @@ def test_tables_and_states_that_the_kernels_do_not_take_are_refused_with_a_reaso
         with pytest.raises(BackendError, match=reason):
             embedding_lookup(table, ids, backend="cpp")
         assert torch.equal(embedding_lookup(table, ids), table[:1])
-    with pytest.raises(BackendError, match="state of the row optimizer"):
-        embedding_lookup(torch.zeros(4, 3).requires_grad_(), ids, optimizer=optimizer, backend="cpp").sum().backward()
     assert operator.find("cpp").supports(operator.sample(torch.device("cpu"))) is None
 
 

@@ -388,6 +388,27 @@ def test_an_input_without_gradient_does_not_disturb_the_other(backend: str) -> N
     assert_all_close(partial, {name: full[name] for name in partial}, place.tolerance)
 
 
+@pytest.mark.parametrize(  # but for the Triton kernels, which give NaN there
+    "backend", [name for name in backends("sampled_softmax_loss") if not name.startswith("triton")]
+)
+def test_an_item_that_is_never_drawn_but_among_the_negatives_gives_what_the_reference_gives(backend: str) -> None:
+    """log_q of -inf: an infinite loss for its tokens, NaN gradients for them and for that row, and nothing else."""
+    positives, negatives = torch.tensor([0, 1, 2, 4]), torch.tensor([[1, 4], [2, 0], [0, 2], [3, 1]])
+    log_q = torch.tensor([0.3, -1.0, -torch.inf, torch.inf, -0.2])
+    leaves = {"queries": normal(generator(0), 4, 6), "rows": normal(generator(1), 5, 6)}
+
+    def run(backend: str) -> Callable[..., Tensor]:
+        return lambda queries, rows: sampled_softmax_loss(
+            queries, rows, positives, negatives, temperature=0.5, log_q=log_q, backend=backend
+        )
+
+    expected, actual = (forward_and_gradients(run(name), leaves, 0) for name in ("reference", backend))
+    assert expected["out"].isposinf().tolist() == [False, True, False, False]
+    assert expected["out"].isnan().tolist() == [False, False, True, False]
+    for name, tensor in expected.items():
+        torch.testing.assert_close(actual[name], tensor, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
 # --- errors
 
 
@@ -411,8 +432,11 @@ def arguments() -> dict[str, Any]:
         ({"negatives": torch.tensor([0, 1, 2])}, r"positives must be \[T\] and negatives \[T, R\] with T = 3"),
         ({"negatives": torch.tensor([[0, 1]])}, r"negatives \[T, R\] with T = 3, got \[3\], \[1, 2\]"),
         ({"log_q": torch.zeros(4)}, r"log_q must be \[U\] = \[5\], got \[4\]"),
-        ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
-        ({"temperature": -1.0}, "temperature must be positive, got -1.0"),
+        ({"temperature": 0.0}, "temperature must be positive and finite, got 0.0"),
+        ({"temperature": -1.0}, "temperature must be positive and finite, got -1.0"),
+        ({"temperature": torch.nan}, "temperature must be positive and finite, got nan"),
+        ({"temperature": torch.inf}, "temperature must be positive and finite, got inf"),
+        ({"rows": torch.zeros(0, 4)}, r"rows has no row \(U = 0\) for 3 tokens"),
         ({"positives": torch.tensor([0, 1, 5])}, r"positives must index rows 0..4"),
         ({"positives": torch.tensor([-1, 1, 4])}, r"positives must index rows 0..4"),
         ({"negatives": torch.tensor([[1, 2], [0, 5], [3, 3]])}, r"negatives must index rows 0..4"),

@@ -332,6 +332,8 @@ def test_opcheck_of_the_operator_and_its_backward(backend: str, case: GateCase) 
         ({"gate": torch.zeros(3, 3)}, r"x and gate must be \[T, C\], got \[2, 3\], \[3, 3\]"),
         ({"weight": torch.zeros(2)}, r"weight must be \[C\] = \[3\], got \[2\]"),
         ({"bias": torch.zeros(1, 3)}, r"bias must be \[C\] = \[3\], got \[1, 3\]"),
+        ({"eps": -1e-6}, "eps must be a finite number, 0 or more, got -1e-06"),
+        ({"eps": torch.nan}, "eps must be a finite number, 0 or more, got nan"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
         ({"dropout": -0.1}, r"dropout must be in \[0, 1\), got -0.1"),
         ({"dropout_keys": torch.zeros(3, dtype=torch.int64)}, r"dropout_keys must be \[T\] = \[2\], got \[3\]"),

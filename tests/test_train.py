@@ -193,6 +193,8 @@ def test_init_from_loads_weights_alone(shop: Path, tmp_path: Path) -> None:
     assert all(torch.allclose(trained[name], warm[name], atol=1e-9) for name in trained)
     with pytest.raises(CheckpointError, match=r"does not fit the model.*embedding_dim|is \[.*the model wants"):
         run(shop, tmp_path / "c", "model.embedding_dim=8", f"train.init_from={first.checkpoint}")
+    with pytest.raises(CheckpointError, match=f"a part of a checkpoint, .* give its folder {first.checkpoint}$"):
+        run(shop, tmp_path / "d", f"train.init_from={first.checkpoint / 'model-00001-of-00001.safetensors'}")
     with pytest.raises(CheckpointError, match="no such checkpoint"):
         run(shop, tmp_path / "d", f"train.init_from={tmp_path / 'nowhere'}")
 
@@ -206,7 +208,7 @@ def test_a_loss_that_is_not_finite_stops_or_skips(shop: Path, tmp_path: Path, mo
         return (losses * math.nan if len(calls) == 3 else losses), weight
 
     monkeypatch.setattr(Retrieval, "loss", poisoned)
-    with pytest.raises(TrainingError, match=r"step 3 .*loss nan.*train\.nan: skip"):
+    with pytest.raises(TrainingError, match=r"step 3 .*loss nan.*Lower train\.lr, .*train\.nan: skip"):
         run(shop, tmp_path / "a", "train.checkpoint_every=1")
     assert all(torch.isfinite(value).all() for value in weights(tmp_path / "a").values())
     calls.clear()

@@ -17,7 +17,7 @@ class EmbeddingTable(nn.Module):
     """`weight [V, D]`: an ordinary parameter, or, with an `optimizer`, one that the backward pass updates by itself.
 
     Row r starts as a pure function of (seed, name, r), truncated normal with deviation `std`, so a
-    table that grows, or is cut over ranks, starts the same (design 3.6).
+    table that grows, or is cut over ranks, starts the same.
     """
 
     def __init__(

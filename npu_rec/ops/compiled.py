@@ -37,18 +37,37 @@ def instruction_set() -> str:
     """
     usable: list[str] = extension().instruction_sets()
     wanted = os.environ.get(ISA_VARIABLE)
-    if wanted is None:
+    if not wanted:
         return usable[0]
     if wanted not in usable:
         raise BackendError(f"{ISA_VARIABLE}={wanted}: this machine and build have {', '.join(usable)}")
     return wanted
 
 
+def usable_instruction_set() -> tuple[str | None, str | None]:
+    """`instruction_set()`, or the reason why there is none; for `npu-rec doctor`."""
+    reason = _load()[1]
+    if reason is not None:
+        return None, reason
+    try:
+        return instruction_set(), None
+    except BackendError as error:
+        return None, str(error)
+
+
 def unusable(*tensors: torch.Tensor | None) -> str | None:
-    """None when the compiled kernels take these tensors, or the reason why not."""
+    """None when the compiled kernels take these tensors, or the reason why not.
+
+    Raises:
+        BackendError: `NPU_REC_CPU_ISA` names an instruction set that is not available. (As a mere reason it would
+            send `auto` to a slower backend without a word.)
+    """
     for tensor in tensors:
         if tensor is not None and tensor.device.type != "cpu":
             return f"the tensors are on {tensor.device.type}"
         if tensor is not None and tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"the dtype is {tensor.dtype}"
-    return _load()[1]
+    reason = _load()[1]
+    if reason is None:
+        instruction_set()
+    return reason

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from npu_rec.ops.compiled import extension, instruction_set, unusable
@@ -13,16 +12,10 @@ from npu_rec.ops.registry import Backend
 
 
 def supports(request: EmbeddingLookupRequest) -> str | None:
-    """Contiguous tables of float32, bfloat16 and float16 on the CPU, their state in float32."""
+    """Contiguous tables of float32, bfloat16 and float16 on the CPU."""
     if not request.table.is_contiguous():
         return "the table is not contiguous"
-    if request.ids.dtype != torch.int64:
-        return f"ids are {request.ids.dtype}"
-    state = () if request.update is None else (request.update.square, request.update.momentum)
-    for tensor in state:
-        if tensor is not None and (tensor.dtype != torch.float32 or not tensor.is_contiguous()):
-            return "the state of the row optimizer is not contiguous float32"
-    return unusable(request.table, *state)
+    return unusable(request.table)
 
 
 def forward(request: EmbeddingLookupRequest) -> Tensor:

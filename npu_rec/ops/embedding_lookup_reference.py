@@ -19,14 +19,20 @@ def backward(request: EmbeddingLookupRequest, grad: Tensor) -> tuple[Tensor | No
     if request.update is not None:
         _update(request, grad)
         return (None,)
-    return (grad.new_zeros(request.table.shape).index_add_(0, request.ids, grad),)
+    total = torch.zeros(request.table.shape, dtype=_sum_dtype(grad), device=grad.device)
+    return (total.index_add_(0, request.ids, grad.to(total.dtype)).to(grad.dtype),)
+
+
+def _sum_dtype(x: Tensor) -> torch.dtype:
+    """float64 for float64, float32 otherwise."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _update(request: EmbeddingLookupRequest, grad: Tensor) -> None:
     """Sum the gradients of equal ids, then change their rows (equations: `RowOptimizer`)."""
     update, table = request.update, request.table
     assert update is not None
-    dtype = torch.float64 if table.dtype == torch.float64 else torch.float32
+    dtype = _sum_dtype(table)
     rows, place = torch.unique(request.ids, return_inverse=True)
     g = torch.zeros(rows.shape[0], table.shape[1], dtype=dtype, device=table.device)
     g.index_add_(0, place, grad.to(dtype))

@@ -28,7 +28,12 @@ class EmbeddingLookupRequest:
         return EmbeddingLookupRequest(torch.zeros(8, 16, device=device), torch.arange(4, device=device))
 
     def check(self) -> None:
-        """Raise IndexError when an id lies outside the table; on an accelerator ids are trusted."""
+        """Raise ValueError when an update does not fit, IndexError when an id lies outside the table.
+
+        On an accelerator ids are trusted.
+        """
+        if self.update is not None:
+            self.update.check(self.table)
         if self.ids.device.type == "cpu" and self.ids.numel():
             low, high = (int(x) for x in self.ids.aminmax())
             if low < 0 or high >= self.table.shape[0]:

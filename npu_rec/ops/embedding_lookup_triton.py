@@ -20,9 +20,7 @@ def supports(request: EmbeddingLookupRequest) -> str | None:
         return unusable(table)
     if table.stride(1) != 1:
         return "an update needs rows with a stride of 1"
-    if any(state is not None and not state.is_contiguous() for state in (update.square, update.momentum)):
-        return "an update needs contiguous state"
-    return unusable(table, update.square, update.momentum)
+    return unusable(table)
 
 
 def forward(request: EmbeddingLookupRequest) -> Tensor:

@@ -1,6 +1,6 @@
 """Who may attend to whom: one rule for training, evaluation and serving.
 
-The semantics are those of Meta's production attention (HSTU, arXiv 2402.17152; design 3.3).
+The semantics are those of Meta's production attention (HSTU, arXiv 2402.17152).
 For a sequence of n tokens, c leading contextual tokens and t trailing targets, the token at
 place p has an id: all context shares id 0, history counts up from there, all targets share one.
 """

@@ -32,6 +32,8 @@ class SampledSoftmaxRequest:
 
     def check(self) -> None:
         """Raise ValueError when an index lies outside `rows`; on an accelerator indices are trusted."""
+        if self.rows.shape[0] == 0 and self.positives.numel():
+            raise ValueError(f"rows has no row (U = 0) for {self.positives.numel()} tokens")
         if self.positives.device.type != "cpu":
             return
         for name, index in (("positives", self.positives), ("negatives", self.negatives)):

@@ -300,10 +300,12 @@ class _Trainer:
             position.skipped_steps += 1
             log.warning("step %d skipped: loss %s, gradient norm %s", position.step, loss_sum, norm)
         else:
+            rates, clip = "train.lr", "train.clip_norm"
+            if self.row_optimizers:
+                rates, clip = "train.lr or embedding.lr", "train.clip_norm with train.clip: row"
             raise TrainingError(
                 f"step {position.step} (epoch {position.epoch + 1}): loss {loss_sum}, gradient norm {norm}. "
-                "Lower train.lr, set train.clip_norm, or set train.nan: skip; `--resume auto` goes on from the last "
-                "checkpoint"
+                f"Lower {rates}, set {clip}, or set train.nan: skip; `--resume auto` goes on from the last checkpoint"
             )
         self.profiler.step()
         self.device.synchronize()

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from npu_rec.errors import CheckpointError
-from npu_rec.train.checkpoint import open_checkpoint
+from npu_rec.train.checkpoint import MANIFEST, open_checkpoint
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -24,6 +24,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: no such checkpoint or file")
     if path.suffix != ".safetensors":
         raise CheckpointError(f"{path}: expected a checkpoint folder or a .safetensors file (see `npu-rec convert`)")
+    if (path.parent / MANIFEST).is_file():
+        raise CheckpointError(f"{path}: a part of a checkpoint, under other names; give its folder {path.parent}")
     try:
         return dict(load_file(path))
     except (SafetensorError, OSError) as error:
