@@ -120,7 +120,8 @@ class Retrieval(Task):
         users = hidden.new_zeros(batch.sequence_ids.shape[0], hidden.shape[1])
         some = offsets_to_lengths(batch.offsets) > 0
         users[some] = hidden[batch.offsets[1:][some] - 1]
-        scores = unit(users.float()) @ unit(self.encoder.items.weight[self.catalogue].float()).T
+        with torch.autocast(users.device.type, enabled=False):  # in bfloat16 near items would tie
+            scores = unit(users.float()) @ unit(self.encoder.items.weight[self.catalogue].float()).T
         removed = torch.zeros_like(scores, dtype=torch.bool)
         if batch.removed is not None and batch.removed_offsets is not None:
             columns = self.column_of_item[batch.removed]
@@ -135,7 +136,7 @@ class Retrieval(Task):
         return ranks_of(scores.masked_fill_(removed.scatter_(1, targets.unsqueeze(1), False), float("-inf")), targets)
 
     def evaluate(self, batches: Iterable[JaggedBatch], metrics: list[str]) -> dict[str, float]:
-        ranks = [self.ranks(batch) for batch in batches]
+        ranks = [self.ranks(batch).cpu() for batch in batches]  # metrics are float64, which not every card has
         return compute_metrics(torch.cat(ranks) if ranks else torch.zeros(0, dtype=torch.int64), metrics)
 
     def top_k(self, batch: JaggedBatch, k: int) -> tuple[Tensor, Tensor]:
