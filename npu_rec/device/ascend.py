@@ -12,7 +12,9 @@ import importlib.util
 import os
 import re
 import sys
+import sysconfig
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +24,15 @@ from npu_rec.device.profile import HardwareProfile, ascend_profile
 # What libtorch_npu.so links from CANN; the driver's library comes in through them.
 _CANN_LIBRARIES = {"libhccl.so", "libascendcl.so", "libacl_op_compiler.so", "libge_runner.so", "libgraph.so"}
 _DRIVER_LIBRARY = "libascend_hal.so"
+
+# Packages that bring fused operators, and how each is installed.
+VENDOR_PACKAGES = {
+    "torch_npu": "pip install torch_npu",
+    "rec_ops": "build cust_op of github.com/Ascend/RecSDK",
+    "ops_rec": "pip install ops_rec",
+    "fbgemm_ascend": "pip install fbgemm_ascend",
+}
+_REC_OPS_LIBRARY = "libfbgemm_npu_api.so"  # what RecSDK's build leaves in site-packages
 
 
 def installed() -> bool:
@@ -55,6 +66,33 @@ def unavailable() -> str | None:
             f"ASCEND_RT_VISIBLE_DEVICES does not hide it (it {'is not set' if mask is None else f'is {mask!r}'})"
         )
     return None
+
+
+def vendor_package_problems() -> dict[str, str]:
+    """For each of `VENDOR_PACKAGES` what is wrong with it; none is loaded before torch_npu is in use."""
+    if "torch_npu" not in sys.modules or unavailable() is not None:
+        return dict.fromkeys(VENDOR_PACKAGES, "is for Ascend NPUs")
+    return _load_vendor_packages()
+
+
+@functools.cache
+def _load_vendor_packages() -> dict[str, str]:
+    """Load the packages that are installed; never raises. A package absent from the answer was loaded.
+
+    That says little: ops_rec only warns when its library does not load, so ask for the operator itself.
+    """
+    problems = {}
+    for package, advice in VENDOR_PACKAGES.items():
+        library = Path(sysconfig.get_path("purelib"), _REC_OPS_LIBRARY)
+        in_library = package == "rec_ops" and library.exists()
+        if not in_library and package not in sys.modules and importlib.util.find_spec(package) is None:
+            problems[package] = f"is not installed; {advice}"
+            continue
+        try:
+            torch.ops.load_library(library) if in_library else importlib.import_module(package)
+        except Exception as error:  # a library for another torch or chip, a missing libpython, ...
+            problems[package] = f"does not load: {first_line(error)}"
+    return problems
 
 
 def count() -> int:

@@ -19,14 +19,14 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn.functional import silu
 from torch.utils.checkpoint import checkpoint
 
 from npu_rec.config import ModelConfig, OpsConfig, Section
 from npu_rec.models.backbone import Backbone, Layout
 from npu_rec.models.meta_weights import load_meta_state_dict as load_meta_state_dict
-from npu_rec.ops import RelativeBias, hstu_attention, norm_gate
+from npu_rec.ops import RelativeBias, hstu_attention, linear_silu, norm_gate
 from npu_rec.ops.random import dropout
+from npu_rec.ops.silu import silu
 from npu_rec.registry import register
 
 EPS = 1e-6
@@ -78,8 +78,11 @@ class HSTULayer(nn.Module):
                 nn.init.normal_(table, std=0.02)
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
-        projected = self.uvqk(self.input_norm(x))
-        u, v, q, k = torch.split(projected if self.production else silu(projected), self.widths, dim=1)
+        normalised = self.input_norm(x)
+        if self.production:
+            u, v, q, k = torch.split(self.uvqk(normalised), self.widths, dim=1)
+        else:
+            u, v, q, k = linear_silu(normalised, self.uvqk.weight, splits=self.widths, backend=self.ops.linear_silu)
         attended = hstu_attention(
             q.view(-1, self.heads, self.attention_dim),
             k.view(-1, self.heads, self.attention_dim),

@@ -8,9 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from npu_rec.ops import jagged_vendor
+
 
 def lengths_to_offsets(lengths: Tensor) -> Tensor:
     """`lengths [B]` -> `offsets [B + 1]`, int64."""
+    if jagged_vendor.takes_lengths(lengths):
+        return jagged_vendor.lengths_to_offsets(lengths)
     offsets = torch.zeros(lengths.numel() + 1, dtype=torch.int64, device=lengths.device)
     torch.cumsum(lengths, 0, out=offsets[1:])
     return offsets
@@ -34,6 +38,8 @@ def position_of_token(offsets: Tensor, total: int) -> Tensor:
 
 def jagged_to_padded(values: Tensor, offsets: Tensor, max_len: int, fill: float = 0) -> Tensor:
     """`values [T, ...]` -> `[B, max_len, ...]`; tokens past `max_len` are cut off, gaps hold `fill`."""
+    if max_len > 0 and jagged_vendor.takes_values(values, offsets):
+        return jagged_vendor.jagged_to_padded(values, offsets, max_len, fill)
     padded = values.new_full((offsets.numel() - 1, max_len, *values.shape[1:]), fill)
     sequences = sequence_of_token(offsets, values.shape[0])
     positions = torch.arange(values.shape[0], device=values.device) - offsets[sequences]
@@ -44,6 +50,8 @@ def jagged_to_padded(values: Tensor, offsets: Tensor, max_len: int, fill: float 
 def padded_to_jagged(padded: Tensor, offsets: Tensor) -> Tensor:
     """`padded [B, L, ...]` -> `values [T, ...]`; every length must be at most L."""
     total = int(offsets[-1])
+    if total > 0 and jagged_vendor.takes_padded(padded, offsets):
+        return jagged_vendor.padded_to_jagged(padded, offsets, total)
     sequences = sequence_of_token(offsets, total)
     return padded[sequences, torch.arange(total, device=padded.device) - offsets[sequences]]
 

@@ -1,0 +1,338 @@
+"""`softmax_attention`: the reference against a loop written from the definition, dropout, and torch_npu's operator."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+import torch
+import vendor_standins_npu as vendor
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import (
+    AttentionCase,
+    assert_all_close,
+    attention_cases,
+    examples,
+    forward_and_gradients,
+    max_error,
+    one_thread,  # noqa: F401
+)
+from torch import Tensor
+from vendor_standins import registered
+
+from npu_rec.ops import OPERATORS, RelativeBias, softmax_attention
+from npu_rec.ops.jagged import lengths_to_offsets
+from npu_rec.ops.masks import MaskRule
+from npu_rec.ops.random import derive_keys, dropout_scale, random_key
+from npu_rec.ops.softmax_attention_request import SoftmaxAttentionRequest
+from npu_rec.ops.time_buckets import time_bucket_reference
+
+BACKEND = OPERATORS["softmax_attention"].find("vendor")
+
+
+def keys_of(case: AttentionCase) -> Tensor:
+    return random_key(case.seed, "dropout", torch.arange(sum(case.lengths)))
+
+
+def call(case: AttentionCase, backend: str, dropout: float = 0.0) -> Callable[..., Tensor]:
+    """`softmax_attention` as a function of the leaves; the case's alpha is the scale."""
+    query_time, key_time = case.query_and_key_times()
+    targets = None if case.num_targets is None else torch.tensor(case.num_targets, dtype=torch.int64)
+
+    def run(
+        q: Tensor, k: Tensor, v: Tensor, position_weight: Tensor | None = None, time_weight: Tensor | None = None
+    ) -> Tensor:
+        times = (None, None) if time_weight is None else (query_time, key_time)
+        return softmax_attention(
+            q,
+            k,
+            v,
+            lengths_to_offsets(torch.tensor(case.lengths, dtype=torch.int64)),
+            max_seq_len=case.max_seq_len,
+            scale=case.alpha,
+            causal=case.causal,
+            num_targets=targets,
+            contextual_seq_len=case.contextual_seq_len,
+            max_attn_len=case.max_attn_len,
+            min_full_attn_seq_len=case.min_full_attn_seq_len,
+            bias=None if position_weight is None else RelativeBias(position_weight, time_weight, *times),
+            dropout=dropout,
+            dropout_keys=keys_of(case),
+            backend=backend,
+        )
+
+    return run
+
+
+def ids_of(case: AttentionCase, n: int, t: int) -> tuple[list[int], int]:
+    c = case.contextual_seq_len
+    limit = n - t if c == 0 else n - c + 1 - t
+    ids = [p if c == 0 else max(p - c + 1, 0) for p in range(n)]
+    return ([min(i, limit) for i in ids] if case.num_targets is not None else ids), limit
+
+
+def sees(case: AttentionCase, i: int, j: int, ids: list[int], limit: int) -> bool:
+    w, f = case.max_attn_len, case.min_full_attn_seq_len
+    yes = i == j or (ids[i] > ids[j] if case.causal else ids[i] != ids[j])
+    if w > 0:
+        yes = yes and (ids[i] - ids[j] <= w or (f > 0 and ids[i] >= limit - f))
+    return yes or (case.contextual_seq_len > 0 and ids[i] == 0 and ids[j] < limit)
+
+
+def definition(case: AttentionCase, dropout: float = 0.0) -> Callable[..., Tensor]:
+    """Row by row: the keys a query sees, the softmax over them, each weight dropped by its own draw."""
+    query_time, key_time = case.query_and_key_times()
+    keys, targets = keys_of(case), case.num_targets or (0,) * len(case.lengths)
+
+    def run(
+        q: Tensor, k: Tensor, v: Tensor, position_weight: Tensor | None = None, time_weight: Tensor | None = None
+    ) -> Tensor:
+        rows, start = [], 0
+        for n, t in zip(case.lengths, targets, strict=True):
+            ids, limit = ids_of(case, n, t)
+            for i in range(n):
+                seen = [j for j in range(n) if sees(case, i, j, ids, limit)]
+                at = torch.tensor(seen) + start
+                scores = (q[start + i] * k[at]).sum(2) * case.alpha  # [keys, H]
+                if position_weight is not None:
+                    places = torch.tensor([case.max_seq_len - 1 + ids[j] - ids[i] for j in seen])
+                    scores = scores + position_weight[places].unsqueeze(1)
+                if time_weight is not None:
+                    bucket = time_bucket_reference(query_time[start + i] - key_time[at], case.buckets)
+                    scores = scores + time_weight[bucket].unsqueeze(1)
+                weights = scores.exp() / scores.exp().sum(0)
+                if dropout > 0.0:
+                    draws = [dropout_scale(derive_keys(keys[start + i], h), n, dropout) for h in range(case.heads)]
+                    weights = weights * torch.stack(draws, 1)[torch.tensor(seen)].to(weights)
+                rows.append(torch.einsum("jh,jhd->hd", weights, v[at]))
+            start += n
+        return torch.stack(rows) if rows else v * 1.0
+
+    return run
+
+
+# --- the reference
+
+
+@examples(60)
+@given(attention_cases(largest=14, widest=6), st.sampled_from([0.0, 0.3]))
+def test_the_reference_is_the_definition(case: AttentionCase, dropout: float) -> None:
+    leaves = case.leaves()
+    expected = forward_and_gradients(
+        lambda **x: definition(case, dropout)(**x) + 0.0 * sum(leaf.sum() for leaf in x.values()), leaves, case.seed
+    )
+    assert_all_close(forward_and_gradients(call(case, "reference", dropout), leaves, case.seed), expected, 1e-11)
+
+
+SMALL = AttentionCase(lengths=(4, 0, 1), max_seq_len=5, heads=2, qk_dim=2, v_dim=3, buckets=12, bias="time")
+
+
+def test_gradcheck() -> None:
+    leaves = [leaf.requires_grad_() for leaf in SMALL.leaves().values()]
+    assert torch.autograd.gradcheck(lambda *x: call(SMALL, "reference", 0.2)(*x), leaves)
+
+
+@pytest.mark.parametrize("lengths", [(), (0,), (0, 0)])
+def test_no_tokens_give_empty_outputs_and_zero_gradients(lengths: tuple[int, ...]) -> None:
+    case = dataclasses.replace(SMALL, lengths=lengths)
+    results = forward_and_gradients(call(case, "auto"), case.leaves(), 0)
+    assert results["out"].shape == (0, 2, 3)
+    assert not results["time_weight"].any()
+    assert not results["position_weight"].any()
+
+
+def test_dropout_does_not_depend_on_the_batch() -> None:
+    case = dataclasses.replace(SMALL, lengths=(4, 6), max_seq_len=6)
+    keys = keys_of(case)
+    q, k, v = (leaf[4:] for name, leaf in case.leaves().items() if name in "qkv")
+    alone = softmax_attention(
+        q, k, v, torch.tensor([0, 6]), max_seq_len=6, scale=1.0, dropout=0.5, dropout_keys=keys[4:]
+    )
+    leaves = {name: leaf for name, leaf in case.leaves().items() if name in "qkv"}
+    assert torch.equal(call(case, "reference", 0.5)(**leaves)[4:], alone)
+    kept = call(case, "reference", 0.0)(**leaves)[4:]
+    assert not torch.equal(kept, alone)
+
+
+def test_the_default_scale_is_that_of_transformers() -> None:
+    q, k, v = torch.randn(3, 5, 2, 16)
+    offsets = torch.tensor([0, 5])
+    heads = (x.transpose(0, 1) for x in (q, k, v))
+    expected = torch.nn.functional.scaled_dot_product_attention(*heads, is_causal=True).transpose(0, 1)
+    torch.testing.assert_close(softmax_attention(q, k, v, offsets, max_seq_len=5), expected)
+
+
+def arguments(backend: str, bias: bool) -> tuple[object, ...]:
+    leaves = [leaf.float() for leaf in SMALL.leaves().values()]
+    tables = (*leaves[3:], *SMALL.query_and_key_times()) if bias else (None,) * 4
+    return (*leaves[:3], torch.tensor([0, 4, 4, 5]), None, *tables, None, 5, 1.0, 0.0, True, 0, 0, 0, backend)
+
+
+def test_schema_and_fake_kernels() -> None:
+    torch.library.opcheck(
+        torch.ops.npu_rec.softmax_attention.default,
+        arguments("reference", True),
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )
+    with registered(*vendor.FUSION_ATTENTION):
+        torch.library.opcheck(torch.ops.npu_rec.softmax_attention.default, arguments("vendor", False))
+        grad = torch.ones(5, 2, 3)
+        torch.library.opcheck(torch.ops.npu_rec.softmax_attention_backward.default, (grad, *arguments("vendor", False)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": torch.zeros(())}, "must be"),
+        ({"q": torch.zeros(4, 2)}, "must be"),
+        ({"k": torch.zeros(5, 2, 4, dtype=torch.float64)}, "one dtype"),
+        ({"offsets": torch.tensor([0, 5], dtype=torch.int32)}, "int64"),
+        ({"offsets": torch.tensor([0, 4])}, "offsets must rise from 0 to T = 5"),
+        ({"max_seq_len": 4}, "a sequence has 5 tokens, max_seq_len is 4"),
+        ({"num_targets": torch.tensor([6])}, "num_targets must be between"),
+        ({"num_targets": torch.tensor([1, 1])}, "num_targets must be"),
+        ({"dropout": 1.0}, "dropout must be in"),
+        ({"dropout_keys": torch.zeros(4, dtype=torch.int64)}, "dropout_keys must be"),
+        ({"max_attn_len": -1}, "max_attn_len must be 0 or more"),
+        ({"max_seq_len": 0}, "max_seq_len must be 1 or more"),
+        ({"scale": float("inf")}, "scale must be finite"),
+        (dict.fromkeys("qkv", torch.zeros(5, 2, 4, dtype=torch.int64)), "q must be float64, float32"),
+        (dict.fromkeys("qkv", torch.zeros(5, 0, 4)), "heads and their widths must be 1 or more"),
+    ],
+)
+def test_wrong_values_are_errors(change: dict[str, object], message: str) -> None:
+    given: dict[str, object] = dict.fromkeys("qkv", torch.zeros(5, 2, 4))
+    given |= {"offsets": torch.tensor([0, 5]), "max_seq_len": 5} | change
+    with pytest.raises(ValueError, match=message):
+        softmax_attention(**given)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": None}, "q must be a tensor, got NoneType"),
+        ({"bias": torch.zeros(9)}, "bias must be a RelativeBias or None, got Tensor"),
+        ({"max_seq_len": 5.5}, "max_seq_len must be an integer, got 5.5"),
+        ({"dropout": "0.1"}, "dropout must be a number"),
+    ],
+)
+def test_wrong_types_are_errors(change: dict[str, object], message: str) -> None:
+    given: dict[str, object] = dict.fromkeys("qkv", torch.zeros(5, 2, 4))
+    given |= {"offsets": torch.tensor([0, 5]), "max_seq_len": 5} | change
+    with pytest.raises(TypeError, match=message):
+        softmax_attention(**given)  # type: ignore[arg-type]
+
+
+# --- torch_npu's operator
+
+
+@examples(60)
+@given(
+    lengths=st.lists(st.integers(0, 20), min_size=1, max_size=4).filter(any),
+    causal=st.booleans(),
+    window=st.sampled_from([0, 0, 1, 5]),
+    dims=st.sampled_from([(16, 16), (3, 7), (7, 3)]),
+    seed=st.integers(0, 999),
+)
+def test_the_vendor_operator_gives_the_reference(
+    lengths: list[int], causal: bool, window: int, dims: tuple[int, int], seed: int
+) -> None:
+    case = AttentionCase(
+        tuple(lengths), max_seq_len=20, qk_dim=dims[0], v_dim=dims[1], alpha=0.3, causal=causal,
+        max_attn_len=window if causal else 0, seed=seed,
+    )  # fmt: skip
+    with registered(*vendor.FUSION_ATTENTION):
+        actual = forward_and_gradients(call(case, "vendor"), case.leaves(torch.float32), seed)
+    assert_all_close(actual, forward_and_gradients(call(case, "reference"), case.leaves(), seed), 2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_low_precision_errs_no_more_than_plain_pytorch(dtype: torch.dtype) -> None:
+    case = AttentionCase((30, 2, 17), max_seq_len=30, qk_dim=16, v_dim=16, alpha=0.25)
+    leaves = {name: leaf.to(dtype) for name, leaf in case.leaves().items()}
+    exact = {name: leaf.double() for name, leaf in leaves.items()}
+    expected = forward_and_gradients(call(case, "reference"), exact, 1)
+    with registered(*vendor.FUSION_ATTENTION):
+        actual = forward_and_gradients(call(case, "vendor"), leaves, 1)
+    plain = max_error(forward_and_gradients(call(case, "reference"), leaves, 1), expected)
+    for name, error in max_error(actual, expected).items():
+        assert error <= 3 * plain[name] + 1e-6, name
+
+
+def request(
+    lengths: tuple[int, ...] = (5, 3), *, heads: int = 2, width: int = 16, dtype: torch.dtype = torch.float32,
+    rule: MaskRule = MaskRule(), **more: object,  # noqa: B008
+) -> SoftmaxAttentionRequest:  # fmt: skip
+    q = torch.empty(1, 1, 1, dtype=dtype).expand(sum(lengths), heads, width)
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    made = SoftmaxAttentionRequest(
+        q, q, q, offsets, None, None, None, None, None, None, 8, 1.0, 0.0, rule
+    )  # fmt: skip
+    return dataclasses.replace(made, **more)  # type: ignore[arg-type]
+
+
+def test_without_torch_npu_the_reason_names_it() -> None:
+    assert BACKEND.supports(request()) == "no npu::npu_fusion_attention: torch_npu is for Ascend NPUs"
+
+
+@pytest.mark.parametrize(
+    ("refused", "reason"),
+    [
+        (request(position_weight=torch.zeros(15)), "takes no bias for packed sequences"),
+        (request(dropout=0.1, dropout_keys=torch.arange(8)), "its dropout is not drawn from keys"),
+        (request(num_targets=torch.tensor([1, 0])), "has no mask of targets and contextual tokens"),
+        (request(rule=MaskRule(contextual_seq_len=1)), "has no mask of targets and contextual tokens"),
+        (request(rule=MaskRule(False, max_attn_len=2)), "a local window is causal and the same for all rows"),
+        (
+            request(rule=MaskRule(max_attn_len=2, min_full_attn_seq_len=1)),
+            "a local window is causal and the same for all rows",
+        ),
+        (request(dtype=torch.float64), "the dtype is torch.float64; float32, float16, bfloat16"),
+        (request(()), "the batch is 0; 1 to 1024"),
+        (request((1,) * 1025), "the batch is 1025; 1 to 1024"),
+        (request((0,)), "T is 0; 1 to 1048576"),
+        (request((2**20 + 1,)), "T is 1048577; 1 to 1048576"),
+        (request(heads=257), "the number of heads is 257; 1 to 256"),
+        (request(width=769), "the head width is 769; 1 to 768"),
+    ],
+)
+def test_each_limit(refused: SoftmaxAttentionRequest, reason: str) -> None:
+    with registered(*vendor.FUSION_ATTENTION):
+        assert BACKEND.supports(refused) == reason
+
+
+@pytest.mark.parametrize(
+    "taken",
+    [
+        request((5, 0, 3)),
+        request((1,) * 1024),
+        request((2**20,), heads=1, width=1),
+        request(heads=256),
+        request(width=768),
+        request(dropout=0.1),
+        request(rule=MaskRule(max_attn_len=2)),
+        request(rule=MaskRule(False)),
+    ],
+)
+def test_within_its_limits_it_is_taken(taken: SoftmaxAttentionRequest) -> None:
+    with registered(*vendor.FUSION_ATTENTION):
+        assert BACKEND.supports(taken) is None
+
+
+def test_an_older_schema_is_refused() -> None:
+    (schema, function), backward = vendor.FUSION_ATTENTION
+    old = schema.replace("int[]? actual_seq_qlen=None", "Tensor? actual_seq_qlen=None")
+    with registered((old, function), backward):
+        reason = BACKEND.supports(request())
+    assert reason == (
+        "npu::npu_fusion_attention: 'actual_seq_qlen' is Optional[Tensor], not Optional[List[int]]: "
+        "another release of torch_npu"
+    )
+
+
+def test_place_of_the_reference_in_auto() -> None:
+    assert OPERATORS["softmax_attention"].select(request(), "auto").name == "reference"
+    with registered(*vendor.FUSION_ATTENTION):
+        assert OPERATORS["softmax_attention"].select(request(), "auto").name == "vendor"
