@@ -17,7 +17,7 @@ train: install
 	$(BIN)/npu-rec train $(CONFIG) --resume auto
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .
@@ -42,7 +42,7 @@ $(VENV)/.installed: pyproject.toml setup.py Makefile $(wildcard kernels/cpu/*)
 	else $(BIN)/python -c "$(SUITABLE)" 2>/dev/null || $(BIN)/python -m pip install -q torch==2.13.0; fi && \
 	$(BIN)/python -m pip install -q 'setuptools>=77' && \
 	$(BIN)/python -m pip install -q --no-build-isolation -e '.[dev]' && \
-	{ $(BIN)/python -c "$(HAS_TRITON)" || $(BIN)/python -m pip install -q triton \
+	{ $(BIN)/python -c "$(HAS_TRITON)" || $(BIN)/python -m pip install -q 'triton<3.10' \
 		|| echo "triton cannot be installed here: the tests of its kernels are skipped"; } && touch $@ && \
 	echo "installed in $$(( $$(date +%s) - start )) s"
 

@@ -253,7 +253,7 @@ def bench(
     name: Annotated[str, typer.Argument(help="attention, loss, embedding, norm-gate or train-step.")],
     device: Annotated[str, typer.Option(help="auto, ascend, cuda or cpu.")] = "auto",
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each; the median counts.")] = 5,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, max=4096, help="CPU threads.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Time operators against the plain PyTorch form in the same run."""
@@ -276,17 +276,92 @@ def bench(
 
 
 @app.command()
+def lower(
+    chip: Annotated[
+        list[str] | None, typer.Option(help="Such as 910B1. Repeatable; by default one of each kind.")
+    ] = None,
+    kernel: Annotated[str, typer.Option(help="Only kernels whose name, operator.kernel, begins so.")] = "",
+    install: Annotated[
+        bool, typer.Option("--install", help="First install the compilers, if they are absent.")
+    ] = False,
+    table: Annotated[Path | None, typer.Option(help="Also write a page of Markdown.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Lower the kernels for Ascend with Ascend's own compiler; no NPU is needed."""
+    from dataclasses import asdict
+
+    from npu_rec.bench import lowering
+
+    if install:
+        lowering.install()
+    chips = tuple(name if name.startswith("Ascend") else f"Ascend{name}" for name in chip or lowering.CHIPS)
+    rows = lowering.lower(chips, kernel)
+    _emit(as_json, {"rows": [asdict(row) for row in rows]}, lambda console: console.print(lowering.table_of_rows(rows)))
+    if table is not None:
+        table.write_text(lowering.markdown(rows), encoding="utf-8")
+    failed = sum(row.status != "lowered" for row in rows)
+    if failed:
+        raise TrainingError(f"{failed} of {len(rows)} kernels do not lower or do not fit")
+
+
+@app.command()
+def selftest(
+    device: Annotated[str, typer.Option(help="auto, ascend, cuda or cpu.")] = "auto",
+    out: Annotated[Path, typer.Option(help="The report file to write.")] = Path("npu-rec-selftest.md"),
+    only: Annotated[
+        list[str] | None, typer.Option(help="operators, training, collectives or speed. Repeatable; all by default.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check this device against the CPU, and write a report to send."""
+    from npu_rec.bench.selftest import SECTIONS, Result, run, write
+    from npu_rec.device import get_device
+
+    unknown = [name for name in only or [] if name not in SECTIONS]
+    if unknown:
+        raise UserError(f"--only {unknown[0]}: there are {', '.join(SECTIONS)}")
+    sections = [name for name in SECTIONS if name in (only or SECTIONS)]
+
+    def tell(result: Result) -> None:
+        if result.checks and result.checks[-1].section == result.under_way:
+            check = result.checks[-1]
+            print(f"{check.status:7} {check.section}: {check.name}: {check.detail}", file=sys.stderr, flush=True)
+        write(result, out)  # each time, so that a crash or a hang leaves a report as well
+
+    result = run(get_device(device), sections, tell)  # type: ignore[arg-type]
+    write(result, out)
+    counts = {status: result.count(status) for status in ("passed", "failed", "skipped")}
+    document = {"device": result.device, **counts, "checks": result.as_dict()["checks"], "report": out}
+
+    def show(console: Console) -> None:
+        table = Table("section", *counts)
+        for section in sections:
+            table.add_row(section, *(str(result.count(status, section)) for status in counts))
+        console.print(table)
+        console.print(f"self-test on {result.device}: {result.verdict}\nreport  {out}")
+
+    _emit(as_json, document, show)
+    if counts["failed"]:
+        raise TrainingError(f"{result.verdict}; the report is {out}")
+
+
+@app.command()
 def doctor(as_json: JsonOption = False) -> None:
     """Say what this machine can run, and why not the rest."""
     from npu_rec.device import device_report, get_device
     from npu_rec.ops import OPERATORS
+    from npu_rec.ops.compiled import usable_instruction_set
 
     report = device_report()
     device = get_device("auto")
     operators = {name: operator.availability(device.torch_device) for name, operator in OPERATORS.items()}
-    document = {"device": report["devices"], "selected": device.name, "operators": operators} | {
-        key: value for key, value in report.items() if key not in ("devices", "selected")
-    }
+    instruction_set, missing = usable_instruction_set()
+    document = {
+        "device": report["devices"],
+        "selected": device.name,
+        "operators": operators,
+        "cpp_instruction_set": instruction_set,
+    } | {key: value for key, value in report.items() if key not in ("devices", "selected")}
 
     def show(console: Console) -> None:
         devices = Table(
@@ -309,6 +384,7 @@ def doctor(as_json: JsonOption = False) -> None:
                 f"{title}: " + (", ".join(f"{k} {v}" for k, v in report[title].items() if v) or "nothing set")
             )
         console.print(f"compiler: {report['compiler'] or 'none found'}")
+        console.print(f"instruction set of cpp: {instruction_set or f'none: {missing}'}")
 
     _emit(as_json, document, show)
 

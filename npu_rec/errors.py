@@ -6,7 +6,7 @@ class UserError(Exception):
 
 
 class TrainingError(Exception):
-    """Training cannot go on: shown as one line, exit code 1."""
+    """Training or a check cannot go on: shown as one line, exit code 1."""
 
 
 class ConfigError(UserError):

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from npu_rec.kernels.triton.attention_backward import key_kernel, query_kernel
+from npu_rec.kernels.triton.attention_call import Attention
 from npu_rec.kernels.triton.attention_forward import forward_kernel
+from npu_rec.kernels.triton.launch import INTERPRETED
 from npu_rec.kernels.triton.schedule import work_items
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 PARTIAL_ENTRIES = 1 << 25  # of the position gradient over all programs of a launch: 128 MiB
 
 
@@ -28,77 +27,25 @@ class Tiles:
     stages: int
 
 
-@dataclass(frozen=True)
-class Attention:
-    """One call, as `npu_rec.ops.hstu_attention` describes it. Strides of the last dimension are 1.
-
-    Attributes:
-        position: `[2N - 1]` float32 or None; time: `[buckets + 1]` float32 or None.
-        query_seconds, key_seconds: `[T]` int32, their differences fit int32; None without `time`.
-        edges: `[buckets + 2]` int32.
-    """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    offsets: Tensor
-    num_targets: Tensor | None
-    position: Tensor | None
-    time: Tensor | None
-    query_seconds: Tensor | None
-    key_seconds: Tensor | None
-    edges: Tensor
-    max_seq_len: int
-    alpha: float
-    divisor: float
-    causal: bool
-    context: int
-    window: int
-    full: int
-
-    def pointers(self) -> tuple[Tensor, ...]:
-        """Arguments from `num_targets` to `edges`; an absent tensor's place is taken by one that is never read."""
-        absent = self.offsets
-        at_no_distance = None if self.position is None else self.position[self.max_seq_len - 1 :]
-        given = (self.num_targets, at_no_distance, self.time, self.query_seconds, self.key_seconds, self.edges)
-        return tuple(absent if x is None else x for x in given)
-
-    def numbers(self) -> tuple[float | int, ...]:
-        """Arguments from `alpha` to `buckets`."""
-        buckets = self.edges.shape[0] - 2
-        return self.alpha, 1.0 / self.divisor, self.context, self.window, self.full, buckets
-
-    def constants(self, tiles: Tiles) -> dict[str, Any]:
-        """Compile-time arguments and launch options."""
-        # follows set_float32_matmul_precision and allow_tf32 too
-        precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-        return {
-            "QK": self.q.shape[2],
-            "V": self.v.shape[2],
-            "CAUSAL": self.causal,
-            "HAS_TARGETS": self.num_targets is not None,
-            "HAS_CONTEXT": self.context > 0,
-            "HAS_WINDOW": self.window > 0,
-            "HAS_POSITION": self.position is not None,
-            "HAS_TIME": self.time is not None,
-            "PRECISION": "float32" if INTERPRETED else precision,
-            "BM": tiles.queries,
-            "BN": tiles.keys,
-            "BLOCK_QK": _block(self.q.shape[2]),
-            "BLOCK_V": _block(self.v.shape[2]),
-            "BLOCK_BUCKETS": triton.next_power_of_2(self.edges.shape[0] - 1),
-            "num_warps": tiles.warps,
-            "num_stages": tiles.stages,
-        }
-
-    @property
-    def width(self) -> int:
-        """The wider of the two padded head dimensions."""
-        return max(_block(self.q.shape[2]), _block(self.v.shape[2]))
+def _pointers(call: Attention) -> tuple[Tensor, ...]:
+    """Arguments from `num_targets` to `edges`; an absent tensor's place is taken by one that is never read."""
+    at_no_distance = None if call.position is None else call.position[call.max_seq_len - 1 :]
+    given = (call.num_targets, at_no_distance, call.time, call.query_seconds, call.key_seconds, call.edges)
+    return tuple(call.offsets if x is None else x for x in given)
 
 
-def _block(width: int) -> int:
-    return max(16, int(triton.next_power_of_2(width)))
+def _constants(call: Attention, tiles: Tiles) -> dict[str, Any]:
+    """Compile-time arguments and launch options."""
+    # follows set_float32_matmul_precision and allow_tf32 too
+    precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    return {
+        **call.constants(),
+        "PRECISION": "float32" if INTERPRETED else precision,
+        "BM": tiles.queries,
+        "BN": tiles.keys,
+        "num_warps": tiles.warps,
+        "num_stages": tiles.stages,
+    }
 
 
 # (queries, keys, warps, stages) by padded width and bytes of an element: the largest that Triton's compiler places
@@ -141,8 +88,8 @@ def forward(call: Attention) -> Tensor:
     work = work_items(call.offsets, total, tiles.queries, last_first=call.causal)
     strides = (x.stride(i) for x in (call.q, call.k, call.v, out) for i in (0, 1))
     forward_kernel[(work.shape[0] * heads,)](
-        call.q, call.k, call.v, out, call.offsets, work, *call.pointers(), *strides, heads, *call.numbers(),
-        **call.constants(tiles),
+        call.q, call.k, call.v, out, call.offsets, work, *_pointers(call), *strides, heads, *call.numbers(),
+        **_constants(call, tiles),
     )  # fmt: skip
     return out
 
@@ -158,8 +105,8 @@ def backward(call: Attention, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Ten
         work = work_items(call.offsets, total, tiles.keys, last_first=False)
         strides = (x.stride(i) for x in (grad, call.q, call.k, call.v, dk, dv) for i in (0, 1))
         key_kernel[(work.shape[0] * heads,)](
-            grad, call.q, call.k, call.v, dk, dv, call.offsets, work, *call.pointers(), *strides, heads,
-            *call.numbers(), **call.constants(tiles),
+            grad, call.q, call.k, call.v, dk, dv, call.offsets, work, *_pointers(call), *strides, heads,
+            *call.numbers(), **_constants(call, tiles),
         )  # fmt: skip
     return dq, dk, dv, d_position, d_time
 
@@ -184,8 +131,8 @@ def _query_gradients(call: Attention, grad: Tensor) -> tuple[Tensor, Tensor | No
         assert work is not None
         some = work[first : first + at_once]
         query_kernel[(some.shape[0] * heads,)](
-            grad, call.q, call.k, call.v, dq, call.offsets, some, *call.pointers(),
+            grad, call.q, call.k, call.v, dq, call.offsets, some, *_pointers(call),
             grad if d_position is None else d_position, grad if d_time is None else d_time[first * heads :], entries,
-            *strides, heads, call.max_seq_len - 1, *call.numbers(), **call.constants(tiles),
+            *strides, heads, call.max_seq_len - 1, *call.numbers(), **_constants(call, tiles),
         )  # fmt: skip
     return dq, None if d_position is None else d_position.sum(0), None if d_time is None else d_time.sum(0)

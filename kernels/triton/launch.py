@@ -1,8 +1,11 @@
 """What launches have in common: shapes of tiles, numbers of warps, rows that lie packed."""
 
+import os
+
 import triton
 from torch import Tensor
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 TILE = 2048  # elements of a tile, where its width leaves the choice
 
 

@@ -22,9 +22,7 @@ def run(device: Device, repeats: int) -> list[Row]:
     facts = DataFacts(count, torch.arange(1, count + 1), torch.ones(count + 1, dtype=torch.int64), True)
     tasks = []
     for backend in ("reference", "auto"):
-        ops = OpsConfig(
-            hstu_attention=backend, sampled_softmax_loss=backend, norm_gate=backend, embedding_lookup=backend
-        )
+        ops = OpsConfig(**dict.fromkeys(OpsConfig.model_fields, backend))
         tasks.append(build_task(resolve(Config(ops=ops)), facts).to(at))
     lengths = torch.cat([torch.arange(20, 200, 3), torch.full((68,), 200)])
     offsets, total = lengths_to_offsets(lengths), int(lengths.sum())

@@ -7,7 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from npu_rec.ops import embedding_lookup_cpp, embedding_lookup_reference, embedding_lookup_triton
+from npu_rec.ops import (
+    embedding_lookup_cpp,
+    embedding_lookup_reference,
+    embedding_lookup_triton,
+    embedding_lookup_triton_ascend,
+    embedding_lookup_vendor,
+)
+from npu_rec.ops.checks import check_constants, check_tensors
 from npu_rec.ops.embedding_lookup_request import EmbeddingLookupRequest
 from npu_rec.ops.registry import operator
 from npu_rec.ops.row_optimizer import RowOptimizer, RowUpdate
@@ -16,6 +23,8 @@ EMBEDDING_LOOKUP = operator(
     "embedding_lookup",
     embedding_lookup_cpp.BACKEND,
     embedding_lookup_triton.BACKEND,
+    embedding_lookup_vendor.BACKEND,
+    embedding_lookup_triton_ascend.BACKEND,
     embedding_lookup_reference.BACKEND,
     sample=EmbeddingLookupRequest.sample,
 )
@@ -27,7 +36,7 @@ def embedding_lookup(
     """Rows `[T, D]` of a table.
 
     Args:
-        table: `[V, D]`, float.
+        table: `[V, D]`, float64, float32, bfloat16 or float16.
         ids: `[T]` int64.
         optimizer: None: the gradient of `table` is an ordinary dense one. Otherwise the backward pass updates the
             rows in place and `table` gets no gradient: every lookup is one update, in which equal ids are summed
@@ -37,13 +46,18 @@ def embedding_lookup(
         backend: `auto`, or the name of one.
 
     Raises:
-        ValueError: shapes do not fit.
+        ValueError: shapes, dtypes or devices do not fit, or the optimizer has the state of another table.
         IndexError: an id lies outside the table (on the CPU; an accelerator would have to wait for the answer).
     """
+    check_tensors(floats={"table": table}, indices={"ids": ids})
+    check_constants(backend=(backend, str))
     if table.dim() != 2 or ids.dim() != 1:
         raise ValueError(f"table must be [V, D] and ids [T], got {list(table.shape)}, {list(ids.shape)}")
     if optimizer is None:
         return torch.ops.npu_rec.embedding_lookup(table, ids, backend)  # type: ignore[no-any-return]
+    if not isinstance(optimizer, RowOptimizer):
+        raise TypeError(f"optimizer must be a RowOptimizer or None, got {optimizer!r}")
+    optimizer.check(table)
     return _FusedLookup.apply(table, ids, optimizer, backend)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -62,12 +76,13 @@ class _FusedLookup(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None, None]:
         optimizer: RowOptimizer = ctx.optimizer
         optimizer.prepare(ctx.table)
-        optimizer.step += 1
+        optimizer.check(ctx.table)  # here as well: with a tensor on `meta` the operator below would do nothing
         (ids,) = ctx.saved_tensors
         torch.ops.npu_rec.embedding_update(
             ctx.table, optimizer.square, optimizer.momentum, ids, grad, optimizer.name, optimizer.lr,
-            *optimizer.betas, optimizer.eps, optimizer.max_norm, optimizer.step, ctx.backend,
+            *optimizer.betas, optimizer.eps, optimizer.max_norm, optimizer.step + 1, ctx.backend,
         )  # fmt: skip
+        optimizer.step += 1
         return None, None, None, None
 
 

@@ -6,10 +6,20 @@ backend can compute it tile by tile, forward and backward, without an [N, N] ten
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from npu_rec.ops import hstu_attention_cpp, hstu_attention_reference, hstu_attention_tiled, hstu_attention_triton
+from npu_rec.ops import (
+    hstu_attention_cpp,
+    hstu_attention_reference,
+    hstu_attention_tiled,
+    hstu_attention_triton,
+    hstu_attention_triton_ascend,
+    hstu_attention_vendor,
+)
+from npu_rec.ops.checks import check_constants, check_tensors
 from npu_rec.ops.hstu_attention_request import HSTUAttentionRequest
 from npu_rec.ops.masks import MaskRule
 from npu_rec.ops.registry import operator
@@ -19,6 +29,8 @@ HSTU_ATTENTION = operator(
     "hstu_attention",
     hstu_attention_cpp.BACKEND,
     hstu_attention_triton.BACKEND,
+    hstu_attention_vendor.BACKEND,
+    hstu_attention_triton_ascend.BACKEND,
     hstu_attention_tiled.BACKEND,
     hstu_attention_reference.BACKEND,
     sample=HSTUAttentionRequest.sample,
@@ -45,12 +57,12 @@ def hstu_attention(
     """HSTU attention, differentiable in q, k, v and the two weights of the bias.
 
     Args:
-        q, k: `[T, H, Dqk]`, float.
-        v: `[T, H, Dv]`, same dtype. Head widths 1..256.
+        q, k: `[T, H, Dqk]`, float64, float32, bfloat16 or float16.
+        v: `[T, H, Dv]`, same dtype. H, Dqk and Dv are 1 or more; a backend may have a limit.
         offsets: `[B + 1]` int64; no sequence longer than `max_seq_len`.
         max_seq_len: N, the model's constant (not the batch's maximum): default divisor, origin of the position table.
         alpha: factor on q k^T, applied before the bias is added.
-        divisor: attention is divided by it; N by default.
+        divisor: attention is divided by it, a positive number; N by default.
         causal: whether a token sees earlier tokens only.
         num_targets: `[B]` int64, trailing candidates; each sees the history and itself.
         contextual_seq_len: leading tokens that see the whole history.
@@ -63,36 +75,70 @@ def hstu_attention(
         `[T, H, Dv]`, dtype of v.
 
     Raises:
-        ValueError: shapes do not fit, or (on the CPU) offsets do not describe the tokens.
+        ValueError: shapes, dtypes or devices do not fit, or (on the CPU) offsets do not describe the tokens.
         BackendError: the named backend cannot run this request.
     """
-    total = q.shape[0]
+    if bias is not None and not isinstance(bias, RelativeBias):
+        raise TypeError(f"bias must be a RelativeBias or None, got {type(bias).__name__}")
+    position_weight, time_weight, query_time, key_time = (
+        (None,) * 4 if bias is None else (bias.position_weight, bias.time_weight, bias.query_time, bias.key_time)
+    )
+    check_tensors(
+        floats={"q": q, "k": k, "v": v, "position_weight": position_weight, "time_weight": time_weight},
+        indices={"offsets": offsets, "num_targets": num_targets, "query_time": query_time, "key_time": key_time},
+        optional=(
+            "num_targets",
+            "time_weight",
+            "query_time",
+            "key_time",
+            *(("position_weight",) if bias is None else ()),
+        ),
+    )
+    divisor = max_seq_len if divisor is None else divisor
+    check_constants(
+        max_seq_len=(max_seq_len, int),
+        alpha=(alpha, float),
+        divisor=(divisor, float),
+        causal=(causal, bool),
+        contextual_seq_len=(contextual_seq_len, int),
+        max_attn_len=(max_attn_len, int),
+        min_full_attn_seq_len=(min_full_attn_seq_len, int),
+        backend=(backend, str),
+    )
     if q.dim() != 3 or k.shape != q.shape or v.dim() != 3 or v.shape[:2] != q.shape[:2]:
         raise ValueError(
             f"q, k, v must be [T, H, Dqk], [T, H, Dqk], [T, H, Dv]; got {[list(x.shape) for x in (q, k, v)]}"
         )
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k, v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
-    if offsets.dim() != 1 or offsets.shape[0] < 1 or offsets.dtype != torch.int64:
-        raise ValueError(f"offsets must be [B + 1] int64, got {list(offsets.shape)} {offsets.dtype}")
+    if q.shape[1] < 1 or q.shape[2] < 1 or v.shape[2] < 1:
+        raise ValueError(f"heads and their widths must be 1 or more, got {[list(x.shape) for x in (q, k, v)]}")
+    if offsets.dim() != 1 or offsets.shape[0] < 1:
+        raise ValueError(f"offsets must be [B + 1], got {list(offsets.shape)}")
     if num_targets is not None and num_targets.shape != (offsets.shape[0] - 1,):
         raise ValueError(f"num_targets must be [B] = [{offsets.shape[0] - 1}], got {list(num_targets.shape)}")
+    if max_seq_len < 1:
+        raise ValueError(f"max_seq_len must be 1 or more, got {max_seq_len}")
+    if not 0.0 < divisor < math.inf:
+        raise ValueError(f"divisor must be positive and finite, got {divisor}")
+    if not -math.inf < alpha < math.inf:
+        raise ValueError(f"alpha must be finite, got {alpha}")
     MaskRule(causal, contextual_seq_len, max_attn_len, min_full_attn_seq_len)
     if bias is not None:
-        bias.check(total, max_seq_len)
+        bias.check(q.shape[0], max_seq_len)
     out: Tensor = torch.ops.npu_rec.hstu_attention(
         q,
         k,
         v,
         offsets,
         num_targets,
-        None if bias is None else bias.position_weight,
-        None if bias is None else bias.time_weight,
-        None if bias is None else bias.query_time,
-        None if bias is None else bias.key_time,
+        position_weight,
+        time_weight,
+        query_time,
+        key_time,
         max_seq_len,
         alpha,
-        float(max_seq_len if divisor is None else divisor),
+        float(divisor),
         causal,
         contextual_seq_len,
         max_attn_len,

@@ -14,7 +14,7 @@ from npu_rec.ops.time_buckets import bucket_edges
 from npu_rec.ops.triton_support import INTERPRETED, unusable
 
 if TYPE_CHECKING:
-    from npu_rec.kernels.triton.attention import Attention
+    from npu_rec.kernels.triton.attention_call import Attention
 
 FARTHEST = 2**30 - 1  # seconds from the middle of a batch's times, so that differences fit int32
 
@@ -35,12 +35,14 @@ def _edges(buckets: int, device: torch.device) -> Tensor:
     return torch.tensor(bucket_edges(buckets)).clamp_max(2**31 - 1).to(device, torch.int32)
 
 
-def _unit_stride(x: Tensor) -> Tensor:
+def unit_stride(x: Tensor) -> Tensor:
+    """`x` with a stride of 1 in its last dimension."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _call(request: HSTUAttentionRequest) -> Attention:
-    from npu_rec.kernels.triton.attention import Attention
+def call_of(request: HSTUAttentionRequest) -> Attention:
+    """The request with its times rebased to int32 seconds and its tensors laid out for the kernels."""
+    from npu_rec.kernels.triton.attention_call import Attention
 
     rule, position, time = request.rule, request.position_weight, request.time_weight
     query_seconds = key_seconds = None
@@ -52,9 +54,9 @@ def _call(request: HSTUAttentionRequest) -> Attention:
         query_seconds = (request.query_time - middle).clamp(-FARTHEST, FARTHEST).to(torch.int32)
         key_seconds = (request.key_time - middle).clamp(-FARTHEST, FARTHEST).to(torch.int32)
     return Attention(
-        _unit_stride(request.q),
-        _unit_stride(request.k),
-        _unit_stride(request.v),
+        unit_stride(request.q),
+        unit_stride(request.k),
+        unit_stride(request.v),
         request.offsets.contiguous(),
         None if request.num_targets is None else request.num_targets.contiguous(),
         None if position is None else position.float().contiguous(),
@@ -76,14 +78,20 @@ def forward(request: HSTUAttentionRequest) -> Tensor:
     """`[T, H, Dv]`."""
     from npu_rec.kernels.triton import attention
 
-    return attention.forward(_call(request))
+    return attention.forward(call_of(request))
 
 
 def backward(request: HSTUAttentionRequest, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of q, k, v, position_weight, time_weight."""
     from npu_rec.kernels.triton import attention
 
-    dq, dk, dv, d_position, d_time = attention.backward(_call(request), _unit_stride(grad))
+    return in_their_dtypes(request, *attention.backward(call_of(request), unit_stride(grad)))
+
+
+def in_their_dtypes(
+    request: HSTUAttentionRequest, dq: Tensor, dk: Tensor, dv: Tensor, d_position: Tensor | None, d_time: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """The gradients, those of the tables in the dtype of their table."""
     position, time = request.position_weight, request.time_weight
     return (
         dq,

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from npu_rec.ops import norm_gate_cpp, norm_gate_reference, norm_gate_triton
+from npu_rec.ops import (
+    norm_gate_cpp,
+    norm_gate_reference,
+    norm_gate_triton,
+    norm_gate_triton_ascend,
+    norm_gate_vendor,
+)
+from npu_rec.ops.checks import check_constants, check_tensors
 from npu_rec.ops.norm_gate_request import NormGateRequest
 from npu_rec.ops.registry import operator
 
@@ -13,6 +22,8 @@ NORM_GATE = operator(
     "norm_gate",
     norm_gate_cpp.BACKEND,
     norm_gate_triton.BACKEND,
+    norm_gate_vendor.BACKEND,
+    norm_gate_triton_ascend.BACKEND,
     norm_gate_reference.BACKEND,
     sample=NormGateRequest.sample,
 )
@@ -32,24 +43,32 @@ def norm_gate(
     """`dropout(LayerNorm(x) * gate)`.
 
     Args:
-        x, gate: `[T, C]`; LayerNorm over C.
+        x, gate: `[T, C]`, float64, float32, bfloat16 or float16; LayerNorm over C.
         weight, bias: `[C]` of the LayerNorm, or None.
-        eps: of the LayerNorm.
+        eps: of the LayerNorm, 0 or more.
         dropout: probability, used when `dropout_keys` are given.
-        dropout_keys: `[T]` int64; the same key drops the same channels (design 3.6). None: no dropout.
+        dropout_keys: `[T]` int64; the same key drops the same channels. None: no dropout.
         backend: `auto`, or the name of one.
 
     Returns:
         `[T, C]`, dtype of x. Differentiable in x, gate, weight, bias.
 
     Raises:
-        ValueError: shapes do not fit.
+        ValueError: shapes, dtypes or devices do not fit, or a number is out of its range.
     """
+    check_tensors(
+        floats={"x": x, "gate": gate, "weight": weight, "bias": bias},
+        indices={"dropout_keys": dropout_keys},
+        optional=("weight", "bias", "dropout_keys"),
+    )
+    check_constants(eps=(eps, float), dropout=(dropout, float), backend=(backend, str))
     if x.dim() != 2 or gate.shape != x.shape:
         raise ValueError(f"x and gate must be [T, C], got {list(x.shape)}, {list(gate.shape)}")
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is not None and parameter.shape != x.shape[1:]:
             raise ValueError(f"{name} must be [C] = [{x.shape[1]}], got {list(parameter.shape)}")
+    if not 0.0 <= eps < math.inf:
+        raise ValueError(f"eps must be a finite number, 0 or more, got {eps}")
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout must be in [0, 1), got {dropout}")
     if dropout_keys is not None and dropout_keys.shape != x.shape[:1]:

@@ -48,7 +48,7 @@ class Operator:
     def availability(self, device: torch.device) -> dict[str, str | None]:
         """For each backend None when it runs an ordinary small request on this device, or the reason why not."""
         request = self.sample(device)
-        return {backend.name: backend.supports(request) for backend in self.backends}
+        return {backend.name: _reason(backend, request) for backend in self.backends}
 
     def select(self, request: Any, name: str) -> Backend:
         """The backend to run `request` with.
@@ -94,6 +94,13 @@ class Operator:
         if any(b.name == backend.name for b in self.backends):
             raise BackendError(f"ops.{self.name}: a backend {backend.name!r} is registered already")
         self.backends.insert(self.backends.index(self.find(before)), backend)
+
+
+def _reason(backend: Backend, request: Any) -> str | None:
+    try:
+        return backend.supports(request)
+    except BackendError as error:  # a wrong setting, which stops every run
+        return str(error)
 
 
 @contextmanager

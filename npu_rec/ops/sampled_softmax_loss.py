@@ -5,6 +5,8 @@ HSTU, arXiv 2402.17152, appendix: cosine similarity over a temperature, R negati
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,9 @@ from npu_rec.ops import (
     sampled_softmax_loss_cpp,
     sampled_softmax_loss_reference,
     sampled_softmax_loss_triton,
+    sampled_softmax_loss_triton_ascend,
 )
+from npu_rec.ops.checks import check_constants, check_tensors
 from npu_rec.ops.registry import operator
 from npu_rec.ops.sampled_softmax_loss_request import SampledSoftmaxRequest
 
@@ -21,6 +25,7 @@ SAMPLED_SOFTMAX_LOSS = operator(
     "sampled_softmax_loss",
     sampled_softmax_loss_cpp.BACKEND,
     sampled_softmax_loss_triton.BACKEND,
+    sampled_softmax_loss_triton_ascend.BACKEND,
     sampled_softmax_loss_chunked.BACKEND,
     sampled_softmax_loss_reference.BACKEND,
     sample=SampledSoftmaxRequest.sample,
@@ -41,11 +46,11 @@ def sampled_softmax_loss(
     """Cross entropy of the positive against the positive and the R negatives of each token.
 
     Args:
-        queries: `[T, D]`, already normalised by the caller.
+        queries: `[T, D]`, float64, float32, bfloat16 or float16, already normalised by the caller.
         rows: `[U, D]`, the item vectors in play, already normalised, so no operator sees a table.
         positives: `[T]` int64 index into `rows`.
         negatives: `[T, R]` int64 index into `rows`.
-        temperature: logits are divided by it.
+        temperature: logits are divided by it; positive.
         log_q: `[U]` log of the sampling probability, subtracted from the logits of positives and
             negatives alike (logQ correction), or None.
         mask_collisions: a negative equal to the positive does not count.
@@ -55,8 +60,14 @@ def sampled_softmax_loss(
         `[T]` loss per token, float32 (float64 for float64 queries). Differentiable in queries and rows.
 
     Raises:
-        ValueError: shapes do not fit, or (on the CPU) an index lies outside `rows`.
+        ValueError: shapes, dtypes or devices do not fit, or (on the CPU) an index lies outside `rows`.
     """
+    check_tensors(
+        floats={"queries": queries, "rows": rows, "log_q": log_q},
+        indices={"positives": positives, "negatives": negatives},
+        optional=("log_q",),
+    )
+    check_constants(temperature=(temperature, float), mask_collisions=(mask_collisions, bool), backend=(backend, str))
     if queries.dim() != 2 or rows.dim() != 2 or queries.shape[1] != rows.shape[1]:
         raise ValueError(f"queries [T, D] and rows [U, D] do not fit: {list(queries.shape)}, {list(rows.shape)}")
     total = queries.shape[0]
@@ -67,8 +78,8 @@ def sampled_softmax_loss(
         )
     if log_q is not None and log_q.shape != rows.shape[:1]:
         raise ValueError(f"log_q must be [U] = [{rows.shape[0]}], got {list(log_q.shape)}")
-    if temperature <= 0:
-        raise ValueError(f"temperature must be positive, got {temperature}")
+    if not 0.0 < temperature < math.inf:
+        raise ValueError(f"temperature must be positive and finite, got {temperature}")
     loss, _ = torch.ops.npu_rec.sampled_softmax_loss(
         queries, rows, positives, negatives, log_q, temperature, mask_collisions, backend
     )
