@@ -50,6 +50,16 @@ def backends(operator: str, *, but: str = "", interpreted: bool = True) -> list[
     return [b.name for b in found if b.name != but and (interpreted or not b.by_name_only)]
 
 
+def known_backends(operator: str) -> str:
+    """What an error about an unknown backend lists."""
+    return ", ".join(["auto", *(b.name for b in OPERATORS[operator].backends)])
+
+
+def interpreted(operator: str, backend: str) -> bool:
+    """Whether an interpreter runs the backend, a hundred times slower than a device would."""
+    return OPERATORS[operator].find(backend).by_name_only
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a backend is tested, and how close to float64 its results must come, relative to the largest entry."""
