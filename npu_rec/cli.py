@@ -292,13 +292,16 @@ def lower(
 
     from npu_rec.bench import lowering
 
-    if install:
-        lowering.install()
+    if table is not None and (table.is_dir() or not table.absolute().parent.is_dir()):
+        raise UserError(f"--table {table} is not a file in a folder that is there")
     chips = tuple(name if name.startswith("Ascend") else f"Ascend{name}" for name in chip or lowering.CHIPS)
-    rows = lowering.lower(chips, kernel)
+    rows = lowering.lower(chips, kernel, install=install)
     _emit(as_json, {"rows": [asdict(row) for row in rows]}, lambda console: console.print(lowering.table_of_rows(rows)))
     if table is not None:
-        table.write_text(lowering.markdown(rows), encoding="utf-8")
+        try:
+            table.write_text(lowering.markdown(rows), encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--table {table} cannot be written: {error.strerror}") from None
     failed = sum(row.status != "lowered" for row in rows)
     if failed:
         raise TrainingError(f"{failed} of {len(rows)} kernels do not lower or do not fit")

@@ -21,8 +21,7 @@ needs_compilers = pytest.mark.skipif(tools.unsupported() is not None, reason=str
 
 @pytest.fixture(scope="session")
 def rows() -> list[Row]:
-    tools.install()
-    return lower()
+    return lower(install=True)
 
 
 @needs_compilers
@@ -78,7 +77,7 @@ def test_command_prints_one_document() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--chip", "910C"), "unknown chip 'Ascend910C': choose one of Ascend910B1"),
+        (("--chip", "910C"), "unknown chip '910C': choose one of 910B1"),
         (("--kernel", "attention"), "no kernel's name, operator.kernel, begins with 'attention'"),
     ],
 )
@@ -95,6 +94,21 @@ def test_absent_compilers_are_one_line(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert tools.unsupported() is not None or "npu-rec lower --install" in done.stderr
+
+
+@needs_compilers
+def test_a_folder_with_something_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    done = npu_rec("lower", "--install", env={tools.VARIABLE: str(tmp_path)})
+    assert done.returncode == 2
+    assert f"{tmp_path} holds something else" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_relative_folder_is_the_one_from_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(tools.VARIABLE, "tools")
+    assert tools.compiler("").is_relative_to(tmp_path.resolve() / "tools")
 
 
 def test_a_python_without_triton_ascend_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,18 +72,21 @@ class _Lowered:
     multi_buffered: bool
 
 
-def lower(chips: tuple[str, ...] = CHIPS, kernels: str = "") -> list[Row]:
-    """Lower every kernel whose name begins with `kernels` for each chip.
+def lower(chips: tuple[str, ...] = CHIPS, kernels: str = "", *, install: bool = False) -> list[Row]:
+    """Lower every kernel whose name begins with `kernels` for each chip; `install` the compilers first if absent.
 
     Raises:
         DeviceError: the compilers are not installed, or no chip or kernel is named so.
     """
+    for chip in chips:
+        if chip not in ASCEND_CHIPS:
+            known = ", ".join(name.removeprefix("Ascend") for name in ASCEND_CHIPS)
+            raise DeviceError(f"unknown chip {chip.removeprefix('Ascend')!r}: choose one of {known}")
+    if install:
+        tools.install()
     reason = tools.unavailable()
     if reason is not None:
         raise DeviceError(reason)
-    for chip in chips:
-        if chip not in ASCEND_CHIPS:
-            raise DeviceError(f"unknown chip {chip!r}: choose one of {', '.join(ASCEND_CHIPS)}")
     with tempfile.TemporaryDirectory(prefix="npu-rec-lower-") as name, ThreadPoolExecutor(os.cpu_count()) as pool:
         folder = Path(name)
         _write_stand_ins(folder)
@@ -116,7 +119,10 @@ def _front_end(folder: Path, chip: str, kernels: str) -> list[dict[str, Any]]:
     command = [sys.executable, "-m", "npu_rec.kernels.ascend.frontend", str(texts), chip, kernels]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise DeviceError(f"triton-ascend did not start: {done.stderr.strip().splitlines()[-1]}")
+        error = done.stderr.strip().splitlines()[-1]
+        raise DeviceError(
+            f"triton-ascend does not start ({error}); remove {tools.folder()}, then `npu-rec lower --install`"
+        )
     launches: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
     return launches
 
@@ -196,7 +202,10 @@ def _compile(folder: Path, chip: str, text: Path, flags: list[str]) -> _Lowered 
     environment = {**os.environ, "PATH": os.pathsep.join([str(folder), os.environ.get("PATH", "")])}
     program = work / "module.hivm.opt.mlir"
     for _ in range(_ATTEMPTS):
-        done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, check=False)
+        try:
+            done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, check=False)
+        except OSError as error:
+            return f"bishengir-compile does not start ({error}); remove {tools.folder()} and install it again"
         if done.returncode >= 0:  # not killed by a signal
             break
     messages = (done.stdout + done.stderr).splitlines()

@@ -11,25 +11,28 @@ import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from npu_rec.errors import DeviceError
 
 PACKAGES = ("triton-ascend==3.2.0", "ascendnpu-ir==1.2.0", "pybind11<4", "numpy==2.2.6")
 VARIABLE = "NPU_REC_ASCEND_TOOLS"
+_MARK = {"triton", "pybind11"}  # a folder with these is one of ours, whatever else is damaged
 
 
 def folder() -> Path:
     """Where the compilers are, or would be."""
     given = os.environ.get(VARIABLE)
-    return Path(given).expanduser() if given else Path(sys.prefix, "ascend-tools")
+    return (Path(given).expanduser() if given else Path(sys.prefix, "ascend-tools")).resolve()
 
 
 def unavailable() -> str | None:
     """Why the compilers cannot be used, in one line; None when they can."""
     if unsupported() is not None:
         return unsupported()
-    if not (folder() / "triton" / "backends" / "ascend").is_dir() or not compiler("").is_file():
+    whole = all(os.access(compiler(suffix), os.X_OK) for suffix in ("", "-a5"))
+    if not whole or not (folder() / "triton" / "backends" / "ascend").is_dir():
         return f"Ascend's compilers are not in {folder()}; `npu-rec lower --install` puts them there (800 MB)"
     return None
 
@@ -47,22 +50,31 @@ def install() -> None:
     """Install the compilers unless they are there.
 
     Raises:
-        DeviceError: they cannot run here, or pip failed.
+        DeviceError: they cannot run here, the folder holds something else, or pip failed.
     """
     if unavailable() is None:
         return
     if unsupported() is not None:
         raise DeviceError(str(unsupported()))
-    print(f"installing {', '.join(PACKAGES)} into {folder()}", file=sys.stderr)
-    partial = folder().with_name(folder().name + ".partial")  # renamed when whole
-    shutil.rmtree(partial, ignore_errors=True)
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(partial), *PACKAGES]
-    if subprocess.run(command, stdout=sys.stderr, check=False).returncode:
-        raise DeviceError(f"pip could not install Ascend's compilers into {partial} (its messages are above)")
-    for program in (partial / "ascendnpuir" / "bin").iterdir():
-        program.chmod(0o755)  # the wheel loses the mode
-    shutil.rmtree(folder(), ignore_errors=True)
-    partial.rename(folder())
+    target = folder()
+    if target.exists() and not _MARK.issubset(_names(target)) and _names(target):
+        raise DeviceError(f"{target} holds something else; name an empty folder, or none yet, in {VARIABLE}")
+    print(f"installing {', '.join(PACKAGES)} into {target}", file=sys.stderr)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{target.name}-", dir=target.parent) as temporary:
+        partial = Path(temporary, "tools")  # renamed when whole
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(partial), *PACKAGES]
+        if subprocess.run(command, stdout=sys.stderr, check=False).returncode:
+            raise DeviceError(f"pip could not install Ascend's compilers into {target} (its messages are above)")
+        for program in (partial / "ascendnpuir" / "bin").iterdir():
+            program.chmod(0o755)  # the wheel loses the mode
+        if target.exists():
+            shutil.rmtree(target)
+        partial.rename(target)
+
+
+def _names(path: Path) -> set[str]:
+    return {entry.name for entry in path.iterdir()} if path.is_dir() else {path.name}
 
 
 def compiler(suffix: str) -> Path:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from rich.table import Table
+from rich.table import Column, Table
 
 from npu_rec.kernels.ascend.lower import CHIPS, Row, lower
-from npu_rec.kernels.ascend.tools import install
 
-__all__ = ["CHIPS", "Row", "install", "lower", "markdown", "table_of_rows"]
+__all__ = ["CHIPS", "Row", "lower", "markdown", "table_of_rows"]
 
 _COLUMNS: dict[str, Callable[[Row], str]] = {
     "kernel": lambda row: row.kernel,
@@ -33,7 +32,7 @@ _COLUMNS: dict[str, Callable[[Row], str]] = {
 
 def table_of_rows(rows: Sequence[Row]) -> Table:
     """One line a kernel, case and chip."""
-    table = Table(*_COLUMNS)
+    table = Table(*(Column(name, overflow="fold", no_wrap=name == "kernel") for name in _COLUMNS))
     for row in rows:
         table.add_row(*(text(row) for text in _COLUMNS.values()))
     return table

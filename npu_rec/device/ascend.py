@@ -122,6 +122,11 @@ def _version() -> str | None:
         return None
 
 
+def module_version() -> str | None:
+    """What the loaded torch_npu says of itself; None when none is loaded."""
+    return getattr(sys.modules.get("torch_npu"), "__version__", None)
+
+
 def _minor(version: str) -> str:
     return ".".join(version.split(".")[:2])
 

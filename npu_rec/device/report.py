@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from npu_rec.device import ascend
 from npu_rec.device.ascend import first_line
 from npu_rec.device.selection import BACKENDS, Backend, auto
 
@@ -35,6 +36,7 @@ def device_report() -> dict[str, Any]:
         "versions": {
             "python": platform.python_version(),
             **{name: _installed(name) for name in ("torch", "torch_npu", "triton", "triton-ascend")},
+            "torch_npu": _installed("torch_npu") or ascend.module_version(),
             "cann": _cann_version(),
             "ascend_driver": _driver_version(),
         },

@@ -18,13 +18,10 @@ INTERPRETED_PROGRAMS = 3  # more than one, fewer than there is work
 def _missing() -> str | None:
     """triton-ascend is upstream's package `triton` with a backend of its own inside."""
     if importlib.util.find_spec("triton") is None:
-        return "triton-ascend is not installed; install it with `pip install triton-ascend`"
+        return "triton-ascend is not installed (docs/ascend.md says what it fits)"
     if INTERPRETED or importlib.util.find_spec("triton.backends.ascend") is not None:
         return None
-    return (
-        "the installed triton has no backend for Ascend; "
-        "`pip uninstall triton`, then `pip install --force-reinstall triton-ascend`"
-    )
+    return "the installed triton is upstream's, without a backend for Ascend (docs/ascend.md says what fits)"
 
 
 @cache

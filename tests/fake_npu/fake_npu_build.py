@@ -15,7 +15,7 @@ from torch.utils.cpp_extension import include_paths
 FOLDER = Path(__file__).resolve().parent
 CACHE = FOLDER.parents[1] / "build" / "fake_npu"
 TORCH = torch.__version__.split("+")[0]
-VERSION = f"{'.'.join(TORCH.split('.')[:2])}.0"  # that a torch_npu for this torch would have
+VERSION = f"{'.'.join(TORCH.split('.')[:2])}.0+stand.in"  # fits this torch, and tells reports what it is
 
 
 def compiler() -> str | None:
