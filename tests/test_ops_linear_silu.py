@@ -176,3 +176,17 @@ def test_all_parts_are_differentiable_alone() -> None:
         assert weight[rows].any()
         assert not weight[: rows.start].any()
         assert not weight[rows.stop :].any()
+
+
+@pytest.mark.parametrize(
+    ("x_dtype", "splits", "message"),
+    [
+        (torch.float32, (9, -1, 0, 0), "splits must be four widths"),
+        (torch.float64, (2, 2, 2, 2), "x and weight must have one dtype"),
+    ],
+)
+def test_widths_below_zero_and_two_dtypes_are_refused(
+    x_dtype: torch.dtype, splits: tuple[int, ...], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        linear_silu(torch.zeros(3, 4, dtype=x_dtype), torch.zeros(8, 4), splits=splits)

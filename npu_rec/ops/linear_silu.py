@@ -46,7 +46,9 @@ def linear_silu(
     check_constants(backend=(backend, str), **{f"splits[{i}]": (width, int) for i, width in enumerate(splits)})
     if x.dim() != 2 or weight.dim() != 2 or weight.shape[1] != x.shape[1]:
         raise ValueError(f"x must be [T, K] and weight [N, K], got {list(x.shape)}, {list(weight.shape)}")
-    if len(splits) != 4 or sum(splits) != weight.shape[0]:
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise ValueError(f"x and weight must have one dtype, got {x.dtype}, {weight.dtype}")
+    if len(splits) != 4 or min(splits) < 0 or sum(splits) != weight.shape[0]:
         raise ValueError(f"splits must be four widths that add up to N = {weight.shape[0]}, got {list(splits)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be [N] = [{weight.shape[0]}], got {list(bias.shape)}")
