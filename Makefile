@@ -10,6 +10,12 @@ CONFIG ?= configs/quickstart.yaml
 SUITABLE := import torch; raise SystemExit(tuple(map(int, torch.__version__.split('.')[:2])) < (2, 10))
 # Triton for the tests, unless the environment has one; never beside torch_npu, whose triton-ascend it would overwrite.
 HAS_TRITON := from importlib.util import find_spec; raise SystemExit(not (find_spec('triton') or find_spec('torch_npu')))
+# The engine `torchrec` for the tests, where its one pair of versions fits: torch 2.13 without a card. TorchRec's metadata
+# asks for FBGEMM's CUDA build, so its dependencies are named here.
+TORCHREC := torchrec==1.8.0 fbgemm-gpu-cpu==1.8.0 tensordict==0.15.3 pyvers==0.2.3 cloudpickle torchmetrics==1.0.3 \
+	lightning-utilities pyre-extensions==0.0.32 typing-inspect mypy-extensions tqdm
+FITS_TORCHREC := import torch; from importlib.util import find_spec; \
+	raise SystemExit(not torch.__version__.startswith('2.13.') or torch.version.cuda is not None or bool(find_spec('torch_npu')))
 export TORCH_DEVICE_BACKEND_AUTOLOAD ?= 0
 
 .PHONY: train test lint docs install clean
@@ -43,7 +49,9 @@ $(VENV)/.installed: pyproject.toml setup.py Makefile $(wildcard kernels/cpu/*)
 	$(BIN)/python -m pip install -q 'setuptools>=77' && \
 	$(BIN)/python -m pip install -q --no-build-isolation -e '.[dev]' && \
 	{ $(BIN)/python -c "$(HAS_TRITON)" || $(BIN)/python -m pip install -q 'triton<3.10' \
-		|| echo "triton cannot be installed here: the tests of its kernels are skipped"; } && touch $@ && \
+		|| echo "triton cannot be installed here: the tests of its kernels are skipped"; } && \
+	{ ! $(BIN)/python -c "$(FITS_TORCHREC)" || $(BIN)/python -m pip install -q --no-deps $(TORCHREC) \
+		|| echo "torchrec cannot be installed here: the tests of its engine are skipped"; } && touch $@ && \
 	echo "installed in $$(( $$(date +%s) - start )) s"
 
 clean:

@@ -100,6 +100,8 @@ def train(
     logging.getLogger("npu_rec").setLevel(logging.INFO)  # which backends run
 
     result = run_training(_load(config, set_), run_dir=run_dir, resume=resume)
+    if not result.is_first:
+        return
     document = {
         "run_dir": result.run_dir,
         "checkpoint": result.checkpoint,
@@ -134,6 +136,8 @@ def evaluate(
     from npu_rec.train.evaluate import evaluate as run_evaluation
 
     result = run_evaluation(_load(config, set_), checkpoint, ranks=ranks)
+    if not result.is_first:
+        return
     document = {
         "run_dir": checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else None,
         "checkpoint": result.checkpoint,
@@ -250,7 +254,7 @@ def data_prepare(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="attention, loss, embedding, norm-gate or train-step.")],
+    name: Annotated[str, typer.Argument(help="attention, loss, embedding, norm-gate, train-step or balance.")],
     device: Annotated[str, typer.Option(help="auto, ascend, cuda or cpu.")] = "auto",
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each; the median counts.")] = 5,
     threads: Annotated[int | None, typer.Option(min=1, max=4096, help="CPU threads.")] = None,

@@ -89,7 +89,7 @@ class ModelConfig(Section):
 
 
 class EmbeddingConfig(Section):
-    """Tables of item vectors, and how they are trained."""
+    """Tables of item vectors: how they are trained, and where their rows are (docs/scale.md)."""
 
     optimizer: Literal["dense", "sgd", "rowwise_adagrad", "rowwise_adam"] = Field(
         "dense",
@@ -99,6 +99,107 @@ class EmbeddingConfig(Section):
     )
     lr: float | None = Field(
         None, gt=0, description="Peak learning rate of the rows, on the schedule of `train.lr`; None: `train.lr`."
+    )
+    engine: Literal["native", "torchrec"] = Field(
+        "native", description="What moves rows between ranks: plain torch.distributed, or TorchRec with FBGEMM."
+    )
+    placement: Literal["auto", "row_wise", "table_wise", "column_wise", "replicated"] = Field(
+        "auto",
+        description="What each rank holds: some rows of every table, whole tables, some columns, or (with `dense`) "
+        "everything. One process always holds all. `auto`: row_wise, or what TorchRec's planner chooses.",
+    )
+    replicas: Positive = Field(
+        1, description="2-D sharding: so many groups of ranks each hold the tables, and exchange rows within the group."
+    )
+    kind: Literal["static", "dynamic"] = Field(
+        "static", description="`static`: a row for every id. `dynamic`: rows by 64-bit id, made when it first occurs."
+    )
+    rows: Positive | None = Field(
+        None,
+        description="Most rows in the device memory of one rank, of a table that is dynamic or has a tier. Unset: no "
+        "limit. With a tier these are the hot rows.",
+    )
+    eviction: Literal["none", "lru", "lfu"] = Field(
+        "none",
+        description="Which row makes room at that limit: the longest unseen or the least often seen. Without a tier it "
+        "is forgotten.",
+    )
+    max_age: Positive | None = Field(
+        None, description="Forget rows of a dynamic table that were not seen for more than this many steps."
+    )
+    admission_count: Positive = Field(
+        1,
+        description="Times that an id of a dynamic table must occur before it gets a row; until then it is answered "
+        "with its initial row and not trained.",
+    )
+    admission_probability: float = Field(
+        1.0, gt=0, le=1, description="Of an id without a row getting one, in each step in which it occurs."
+    )
+    tier: Literal["device", "host", "disk"] = Field(
+        "device", description="Where rows are that do not fit into `rows`: nowhere, in host memory, or on local disk."
+    )
+    tier_path: Path | None = Field(
+        None, description="Folder for the files of the disk tier; unset: `tables/` in the run directory."
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> EmbeddingConfig:
+        dynamic, tiered = self.kind == "dynamic", self.tier != "device"
+        sparse = self.optimizer != "dense"
+        wrong = [
+            (not sparse and self.lr is not None, "lr is for the sparse optimisers; embedding.optimizer is dense"),
+            (sparse and self.placement == "replicated", "placement: replicated needs embedding.optimizer dense"),
+            (self.placement == "replicated" and self.replicas > 1, "replicas are groups of ranks that share a table"),
+            ((dynamic or tiered) and not sparse, "kind and tier need a sparse embedding.optimizer, as rowwise_adagrad"),
+            (
+                (dynamic or tiered) and self.placement not in ("auto", "row_wise"),
+                "placement must be row_wise for a table that is dynamic or has a tier",
+            ),
+            (tiered and self.rows is None, "tier needs embedding.rows, how many are hot"),
+            (
+                tiered and self.eviction == "none",
+                "tier needs embedding.eviction, lru or lfu: which rows leave the device",
+            ),
+            (not dynamic and not tiered and self.rows is not None, "rows is for dynamic tables and tiers"),
+            (self.rows is None and self.eviction != "none", "eviction needs embedding.rows, the limit"),
+            (not dynamic and self.max_age is not None, "max_age needs kind: dynamic"),
+            (tiered and self.max_age is not None, "max_age: rows in a tier are not aged; leave one of them out"),
+            (
+                not dynamic and (self.admission_count > 1 or self.admission_probability < 1.0),
+                "admission_count and admission_probability need kind: dynamic",
+            ),
+            (self.tier != "disk" and self.tier_path is not None, "tier_path needs tier: disk"),
+            (
+                self.engine == "torchrec" and (dynamic or tiered or not sparse or self.replicas > 1),
+                "engine: torchrec is for static tables with a sparse embedding.optimizer, one replica and no tier",
+            ),
+        ]
+        for refused, reason in wrong:
+            if refused:
+                raise ValueError(f"embedding.{reason}")
+        return self
+
+
+class ParallelConfig(Section):
+    """Training on several processes (docs/scale.md)."""
+
+    dense: Literal["ddp", "fsdp"] = Field(
+        "ddp", description="Parameters outside the tables: whole on every rank, or sharded over them (FSDP2)."
+    )
+    reduce: Literal["fp32", "bf16"] = Field("fp32", description="Precision in which their gradients are summed.")
+    context: Positive = Field(
+        1,
+        description="So many consecutive ranks share the tokens of each sequence in training (context parallel), for "
+        "sequences beyond one card's memory.",
+    )
+    balance: Literal["cost", "order"] = Field(
+        "cost",
+        description="Which rank takes which sequences of a batch: by estimated cost, longest first, or dealt in turn.",
+    )
+    timeout: float = Field(
+        600.0,
+        gt=0,
+        description="Seconds after which a collective counts as hung and ends the process (docs/faults.md).",
     )
 
 
@@ -144,6 +245,11 @@ class TrainConfig(Section):
     keep_checkpoints: Positive = Field(2, description="Newest checkpoints kept, besides the best one.")
     early_stop: Positive | None = Field(
         None, description="Stop after this many validations without a better `eval.select`."
+    )
+    delta_every: NonNegative = Field(
+        0,
+        description="Optimiser steps between exports of the rows touched since the last one, to `deltas/` in the run "
+        "directory (docs/checkpoints.md); 0: none.",
     )
     init_from: Path | None = Field(None, description="Checkpoint or .safetensors file whose weights start the run.")
     log_every: Positive = Field(10, description="Optimiser steps between two train lines of metrics.jsonl.")
@@ -198,6 +304,7 @@ class Config(Section):
     data: DataConfig = Field(default_factory=DataConfig)
     model: ModelConfig = Field(default_factory=ModelConfig)
     embedding: EmbeddingConfig = Field(default_factory=EmbeddingConfig)
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     task: TaskConfig = Field(default_factory=TaskConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
     eval: EvalConfig = Field(default_factory=EvalConfig)
@@ -213,13 +320,16 @@ class Config(Section):
             raise ValueError("train.early_stop needs a validation split, which eval.protocol `meta` does not have")
         if self.train.clip != "global" and self.train.clip_norm is None:
             raise ValueError(f"train.clip: {self.train.clip} says what train.clip_norm holds for, which is not set")
-        if self.embedding.optimizer == "dense":
-            if self.embedding.lr is not None:
-                raise ValueError("embedding.lr is for the sparse optimisers; embedding.optimizer is dense")
-            if self.train.clip == "row":
-                raise ValueError("train.clip: row needs a sparse embedding.optimizer, such as rowwise_adagrad")
-            return self
-        name = self.embedding.optimizer
+        if self.embedding.optimizer == "dense" and self.train.clip == "row":
+            raise ValueError("train.clip: row needs a sparse embedding.optimizer, such as rowwise_adagrad")
+        parted = self.embedding.placement in ("column_wise", "replicated") or self.embedding.engine != "native"
+        if self.train.delta_every and parted:
+            raise ValueError("train.delta_every needs embedding.engine native and placement row_wise or table_wise")
+        if self.embedding.optimizer != "dense":
+            self._fits_row_optimizer(self.embedding.optimizer)
+        return self
+
+    def _fits_row_optimizer(self, name: str) -> None:
         if self.train.accumulate > 1:
             raise ValueError(
                 f"train.accumulate: embedding.optimizer {name} updates rows in every backward pass, so gradients of "
@@ -230,7 +340,6 @@ class Config(Section):
                 f"train.clip_norm: embedding.optimizer {name} updates rows before a global norm is known; set "
                 "train.clip to dense or row"
             )
-        return self
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Config) and self.model_dump() == other.model_dump()  # wherever the keys came from

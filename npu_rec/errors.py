@@ -9,6 +9,10 @@ class TrainingError(Exception):
     """Training or a check cannot go on: shown as one line, exit code 1."""
 
 
+class DistributedError(TrainingError):
+    """A collective failed: another rank has died, or the network is down. The message names rank and operation."""
+
+
 class ConfigError(UserError):
     """A configuration file or an override cannot be used."""
 
@@ -27,3 +31,7 @@ class BackendError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint is missing, damaged or does not fit the model."""
+
+
+class StorageError(UserError):
+    """Rows on a disk cannot be read or written: a folder or space is missing, or the file is not the one expected."""

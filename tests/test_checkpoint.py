@@ -19,6 +19,7 @@ from conftest import npu_rec, npu_rec_json
 from npu_rec.errors import CheckpointError
 from npu_rec.train import checkpoint as ckpt
 from npu_rec.train import load_run_config, train
+from npu_rec.train.checkpoint import disk
 from npu_rec.train.run_dir import RunDirectory
 
 OPTIONS = ("--set", "train.epochs=6", "--set", "train.checkpoint_every=3", "--set", "train.keep_checkpoints=3")
@@ -36,9 +37,9 @@ def killed_when(shop: Path, folder: Path, condition: Any, slow_save: bool = Fals
     program = "from npu_rec.cli import main; main()"
     if slow_save:  # holds a save open between its files, so that the kill hits it for certain
         program = (
-            "import time, npu_rec.train.checkpoint as c; write = c._hash\n"
-            "def slow(file):\n    time.sleep(0.15)\n    return write(file)\n"
-            "c._hash = slow\n"
+            "import time; from npu_rec.train.checkpoint import disk; sha256 = disk.sha256\n"
+            "def slow(file):\n    time.sleep(0.15)\n    return sha256(file)\n"
+            "disk.sha256 = slow\n"
         ) + program
     command = [sys.executable, "-c", program, "train", str(shop), *OPTIONS, "--run-dir", str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -136,7 +137,7 @@ def test_resume_from_damage_is_one_line_and_exit_code_2(shop: Path, undisturbed:
 def test_a_full_disk_leaves_the_earlier_checkpoints(
     shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, saves = ckpt._write, []
+    real, saves = disk.write_manifest, []
 
     def fails_the_third_time(*arguments: Any) -> None:
         saves.append(1)
@@ -144,7 +145,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoints(
             raise OSError(errno.ENOSPC, "No space left on device")
         real(*arguments)
 
-    monkeypatch.setattr(ckpt, "_write", fails_the_third_time)
+    monkeypatch.setattr(disk, "write_manifest", fails_the_third_time)
     config = load_run_config(shop, ["train.checkpoint_every=1"])
     with pytest.raises(CheckpointError, match="No space left on device; earlier checkpoints are untouched"):
         train(config, run_dir=tmp_path / "run")

@@ -149,7 +149,7 @@ def test_bench_compares_in_one_run() -> None:
     assert rows["auto"].keys() == keys | {"rows_per_second", "forward_tflops", "backward_tflops"}
     done = npu_rec("bench", "attn")
     assert done.returncode == 2
-    assert "attention, loss, embedding, norm-gate, train-step" in done.stderr
+    assert "attention, loss, embedding, norm-gate, train-step, balance" in done.stderr
 
 
 @pytest.mark.parametrize("backend", ["ascend", "cuda"])

@@ -336,6 +336,21 @@ def test_a_sequence_is_encoded_the_same_alone_and_in_any_batch() -> None:
         torch.testing.assert_close(together, expected, rtol=0, atol=1e-12)
 
 
+def test_vectors_looked_up_elsewhere_are_encoded_alike() -> None:
+    model, given = SMALL.build().double(), Histories.random(5, 0, 9)
+    load_meta_state_dict(model, SMALL.meta_state())
+    ids, *others = given.packed()
+    plan = model.tables.plan({"items": torch.cat([ids, torch.tensor([1, 2])])})
+    rows = model.tables.lookup(plan)["items"]
+    found = model(ids, *others, vectors=rows[: len(ids)])
+    assert torch.equal(found, model(ids, *others))
+    found.square().sum().backward()
+    planned = model.items.weight.grad.clone()
+    model.zero_grad()
+    model(ids, *others).square().sum().backward()
+    torch.testing.assert_close(planned, model.items.weight.grad, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("variant", ["research", "production"])
 @pytest.mark.parametrize("lengths", [(), (0,), (0, 0, 0)])
 def test_nothing_to_encode_gives_nothing_and_zero_gradients(variant: str, lengths: tuple[int, ...]) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from npu_rec.config import Config
 from npu_rec.data.batch import JaggedBatch
 from npu_rec.errors import ConfigError
+from npu_rec.ops import RowOptimizer
 from npu_rec.ops.jagged import lengths_to_offsets, position_of_token, sequence_of_token
 from npu_rec.ops.random import random_key
 from npu_rec.registry import resolve
@@ -79,8 +80,12 @@ def drawn(task: Retrieval, batch: JaggedBatch, epoch: int) -> Tensor:
     """Item ids `[T, R]` of the negatives, drawn with the key of each position."""
     sequences = batch.sequence_ids[sequence_of_token(batch.offsets, batch.tokens)]
     keys = random_key(3, "negatives", epoch, sequences, position_of_token(batch.offsets, batch.tokens))
-    columns = task.sampler.draw(keys, task.options.num_negatives, task.column_of_item[batch.next_ids])
-    return task.catalogue[columns]
+    columns = task.sampler.draw(keys, task.options.num_negatives, task.catalogue.column(batch.next_ids))
+    return task.catalogue.items(columns)
+
+
+def loss_of(task: Retrieval, batch: JaggedBatch, epoch: int) -> tuple[Tensor, Tensor]:
+    return task.loss(task.prepare(batch, epoch))
 
 
 @contextmanager
@@ -140,7 +145,7 @@ def test_the_loss_is_that_of_the_drawn_negatives(negatives: str, loss: str, log_
             expected += sum(math.log1p(math.exp(x)) for x in counted) / max(len(counted), 1)
         else:
             expected += math.log(sum(map(math.exp, [own, *counted]))) - own
-    total, weight = (x.detach() for x in task.loss(batch, 5))
+    total, weight = (x.detach() for x in loss_of(task, batch, 5))
     assert collisions > 0
     assert float(weight) == sum(LENGTHS)
     assert float(total) == pytest.approx(expected, rel=2e-5)
@@ -149,9 +154,9 @@ def test_the_loss_is_that_of_the_drawn_negatives(negatives: str, loss: str, log_
 @torch.no_grad()
 def test_epochs_and_seeds_draw_other_negatives() -> None:
     batch = batch_of()
-    losses = [float(task_of(seed=seed).loss(batch, epoch)[0]) for seed in (3, 4) for epoch in (0, 1)]
+    losses = [float(loss_of(task_of(seed=seed), batch, epoch)[0]) for seed in (3, 4) for epoch in (0, 1)]
     assert len(set(losses)) == 4
-    assert float(task_of().loss(batch, 1)[0]) == losses[1]
+    assert float(loss_of(task_of(), batch, 1)[0]) == losses[1]
 
 
 @pytest.mark.parametrize("negatives", ["uniform", "popularity"])
@@ -160,9 +165,9 @@ def test_a_sequence_has_the_same_negatives_and_losses_in_any_batch(
 ) -> None:
     task = task_of(negatives=negatives).train()  # with dropout
     with recorded(monkeypatch) as seen:
-        task.loss(batch_of([4, 1, 6, 3], [8, 5, 2, 9]), 1)
-        task.loss(batch_of([6, 3, 0, 2], [2, 9, 1, 4]), 1)
-        task.loss(batch_of([1], [5]), 1)
+        loss_of(task, batch_of([4, 1, 6, 3], [8, 5, 2, 9]), 1)
+        loss_of(task, batch_of([6, 3, 0, 2], [2, 9, 1, 4]), 1)
+        loss_of(task, batch_of([1], [5]), 1)
     (draws, losses), (other_draws, other_losses), (single_draws, single_losses) = seen
     assert torch.equal(draws[5:14], other_draws[:9])
     assert torch.equal(draws[4:5], single_draws)
@@ -182,7 +187,7 @@ def test_leaving_unused_items_out_changes_nothing(
     assert (batch.tokens * 6 >= len(about.catalogue)) == many
 
     def everything(self: Retrieval, positives: Tensor, negatives: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.arange(self.catalogue.shape[0]), positives, negatives
+        return torch.arange(len(self.catalogue)), positives, negatives
 
     def only_used(self: Retrieval, positives: Tensor, negatives: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         columns = sorted({*positives.tolist(), *negatives.flatten().tolist()})
@@ -190,11 +195,11 @@ def test_leaving_unused_items_out_changes_nothing(
         moved = [torch.tensor([place[c] for c in x.flatten().tolist()]).view(x.shape) for x in (positives, negatives)]
         return torch.tensor(columns), moved[0], moved[1]
 
-    own = task.loss(batch, 2)[0]
+    own = loss_of(task, batch, 2)[0]
     own_gradients = gradients(task, own)
     for other in (everything, only_used):
         monkeypatch.setattr(Retrieval, "_in_play", other)
-        total = task.loss(batch, 2)[0]
+        total = loss_of(task, batch, 2)[0]
         torch.testing.assert_close(total, own, rtol=1e-5, atol=0)
         for name, gradient in gradients(task, total).items():
             torch.testing.assert_close(gradient, own_gradients[name], rtol=1e-4, atol=1e-5, msg=name)
@@ -205,11 +210,59 @@ def test_leaving_unused_items_out_changes_nothing(
 @pytest.mark.parametrize("lengths", [[], [0, 0]])
 def test_a_batch_of_nothing_has_no_loss_and_zero_gradients(negatives: str, loss: str, lengths: list[int]) -> None:
     task = task_of(negatives=negatives, loss=loss).train()
-    total, weight = task.loss(batch_of(lengths), 0)
+    total, weight = loss_of(task, batch_of(lengths), 0)
     assert (total.item(), weight.item()) == (0.0, 0.0)
     found = gradients(task, total)
     assert found.keys() == dict(task.named_parameters()).keys()
     assert not any(gradient.any() for gradient in found.values())
+
+
+# --- what is prepared ahead of a step
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("negatives", STRATEGIES)
+def test_a_step_can_be_prepared_before_the_weights_change(negatives: str) -> None:
+    task, batch = task_of(negatives=negatives), batch_of()
+    ahead = task.prepare(batch, 1)
+    before = task.loss(ahead)[0]
+    for parameter in task.parameters():
+        parameter.mul_(1.5).add_(0.1)
+    after = task.loss(ahead)[0]
+    assert float(after) != float(before)
+    assert float(after) == float(loss_of(task, batch, 1)[0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("many", "optimizer"), [(True, "sgd"), (True, "rowwise_adam"), (False, "sgd")])
+def test_a_step_looks_up_inputs_and_candidates_and_nothing_else(many: bool, optimizer: str) -> None:
+    """With many draws simply the whole catalogue, unless a row that is looked up without a gradient changes."""
+    items = 30 if many else 500
+    about = facts(num_items=items, catalogue=list(range(1, items + 1)), item_counts=[*COUNTS, *[0] * (items - 30)])
+    task, batch = task_of(about=about, negatives="popularity"), batch_of([4, 1, 3])
+    plain = loss_of(task, batch, 2)[0]
+    task.encoder.items.use(RowOptimizer(optimizer, lr=0.1))  # type: ignore[arg-type]
+    prepared = task.prepare(batch, 2)
+    assert (batch.tokens * 6 >= len(about.catalogue)) == many
+    wanted = {*batch.next_ids.tolist(), *drawn(task, batch, 2).flatten().tolist()}
+    assert len(wanted) < len(about.catalogue)
+    if many and optimizer == "sgd":
+        wanted = set(about.catalogue.tolist())
+    torch.testing.assert_close(task.loss(prepared)[0], plain, rtol=1e-5, atol=0)
+    assert list(prepared.plan) == ["items"]
+    ids = prepared.plan["items"].places
+    assert torch.equal(ids[: batch.tokens], batch.item_ids)
+    assert sorted(ids[batch.tokens :].tolist()) == sorted(wanted)  # each once
+    assert torch.equal(task.catalogue.items(prepared.draws["columns"][prepared.draws["positives"]]), batch.next_ids)
+
+
+def test_columns_of_the_catalogue() -> None:
+    catalogue = task_of().catalogue
+    assert len(catalogue) == len(CATALOGUE)
+    assert catalogue.all_items(torch.device("cpu")).tolist() == CATALOGUE
+    assert catalogue.items(torch.tensor([[0, 9], [3, 3]])).tolist() == [[2, 29], [7, 7]]
+    assert catalogue.column(torch.tensor([[2, 29], [7, 7]])).tolist() == [[0, 9], [3, 3]]
+    assert catalogue.column(torch.tensor([0, 1, 30])).tolist() == [-1, -1, -1]
 
 
 # --- negatives
@@ -254,8 +307,8 @@ def test_negatives_stay_in_a_catalogue_smaller_than_the_id_range(monkeypatch: py
         of_batch = set(batch.next_ids.tolist())
         assert items == {"uniform": set(CATALOGUE), "popularity": popular, "in_batch": of_batch}[strategy]
     with recorded(monkeypatch) as seen:  # and these are what the loss uses
-        task.loss(batch, 0)
-    assert torch.equal(task.catalogue[seen[0][0]], drawn(task, batch, 0))
+        loss_of(task, batch, 0)
+    assert torch.equal(task.catalogue.items(seen[0][0]), drawn(task, batch, 0))
 
 
 def test_log_q_is_the_share_of_training_events() -> None:
@@ -284,7 +337,7 @@ def test_a_time_bias_on_data_without_times_is_refused_with_what_to_set() -> None
 @pytest.mark.parametrize("options", [{"bias": "position"}, {"bias": "none"}, {"variant": "production"}])
 def test_data_without_times_trains_and_ranks_without_a_time_bias(options: dict[str, str]) -> None:
     task, batch = task_of({"options": options}, facts(has_times=False)), batch_of(times=False)
-    total, _ = task.loss(batch, 0)
+    total, _ = loss_of(task, batch, 0)
     assert total.isfinite()
     assert task.ranks(batch).shape == (4,)
 
@@ -327,9 +380,24 @@ def test_metrics_are_over_all_batches() -> None:
     task, whole = task_of(), batch_of()
     parts = [batch_of(LENGTHS[:1]), batch_of(LENGTHS[1:], [101, 102, 103])]
     metrics = ["hr@3", "ndcg@10", "mrr"]
-    assert task.evaluate(parts, metrics) == task.evaluate([whole], metrics)
-    assert task.evaluate([whole], ["mrr"])["mrr"] == pytest.approx(float((1 / task.ranks(whole)).mean()))
-    assert task.evaluate([], metrics) == dict.fromkeys(metrics, 0.0)
+    observed = torch.cat([task.observe(part) for part in parts])
+    assert task.metrics(observed, metrics) == task.metrics(task.observe(whole), metrics)
+    assert task.metrics(task.observe(whole), ["mrr"])["mrr"] == pytest.approx(float((1 / task.ranks(whole)).mean()))
+    assert task.metrics(task.observe(batch_of([])), metrics) == dict.fromkeys(metrics, 0.0)
+
+
+@torch.no_grad()
+def test_ranks_after_training_are_those_of_the_new_rows() -> None:
+    """In evaluation the catalogue's vectors are read once."""
+    batch = batch_of()
+    task, other = task_of(), task_of()
+    other.encoder.items.weight.copy_(normal(generator(9), 31, 8, scale=0.5))
+    before, expected = task.top_k(batch, 10)[1], other.top_k(batch, 10)[1]
+    assert not torch.equal(before, expected)
+    task.train()
+    task.encoder.items.weight.copy_(other.encoder.items.weight)
+    assert torch.equal(task.eval().top_k(batch, 10)[1], expected)
+    assert torch.equal(task.top_k(batch, 10)[1], expected)
 
 
 @torch.no_grad()

@@ -202,9 +202,9 @@ def test_init_from_loads_weights_alone(shop: Path, tmp_path: Path) -> None:
 def test_a_loss_that_is_not_finite_stops_or_skips(shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original, calls = Retrieval.loss, []
 
-    def poisoned(self: Retrieval, batch: Any, epoch: int) -> tuple[Tensor, Tensor]:
+    def poisoned(self: Retrieval, prepared: Any) -> tuple[Tensor, Tensor]:
         calls.append(1)
-        losses, weight = original(self, batch, epoch)
+        losses, weight = original(self, prepared)
         return (losses * math.nan if len(calls) == 3 else losses), weight
 
     monkeypatch.setattr(Retrieval, "loss", poisoned)
@@ -217,10 +217,37 @@ def test_a_loss_that_is_not_finite_stops_or_skips(shop: Path, tmp_path: Path, mo
     assert all(torch.isfinite(value).all() for value in weights(tmp_path / "b").values())
 
 
-def test_several_processes_are_refused(shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="several processes"):
+@pytest.mark.parametrize(
+    ("launcher", "message"),
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but RANK, MASTER_ADDR, MASTER_PORT is not set; start with torchrun"),
+        ({"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "localhost"}, "WORLD_SIZE is 2, but MASTER_PORT is not set"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE='two' is not a number of processes; start with torchrun"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE='0' is not a number of processes"),
+    ],
+)
+def test_half_of_what_a_launcher_sets_is_refused(
+    shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launcher: dict[str, str], message: str
+) -> None:
+    set_by_launcher(monkeypatch, launcher)
+    with pytest.raises(ConfigError, match=message):
         run(shop, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_world_of_one_needs_no_launcher(shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_by_launcher(monkeypatch, {"WORLD_SIZE": "1"})
+    result = run(shop, tmp_path / "a", "train.max_steps=1")
+    assert result.is_first
+    assert json.loads((tmp_path / "a" / "environment.json").read_text())["processes"] == 1
+
+
+def set_by_launcher(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
+    """These and no others."""
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
 
 
 def test_learning_rate_warms_up_and_follows_the_cosine() -> None:

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from npu_rec.embedding import EmbeddingTable
+from npu_rec.embedding import StaticTable, TableSpec
+from npu_rec.embedding.placement import BlockPlacement
 from npu_rec.errors import ConfigError, TrainingError
 from npu_rec.tasks import Retrieval, build_task
 from npu_rec.train import evaluate, load_run_config, train
@@ -71,14 +72,14 @@ def test_only_rows_of_the_batch_change(shop: Path, tmp_path: Path) -> None:
     assert not changed[0]
 
 
-def test_one_step_of_sgd_equals_a_step_along_the_dense_gradient(shop: Path) -> None:
+def test_one_step_of_sgd_equals_a_step_along_the_dense_gradient(shop: Path, tmp_path: Path) -> None:
     config = load_run_config(shop, ["embedding.optimizer=sgd", "embedding.lr=0.5"])
     data = open_data(config)
     batch = data.splits["train"].batch(np.arange(16), "none")
     fused, dense = (build_task(config, data.facts) for _ in range(2))
-    (rows,) = attach_row_optimizers(fused, config)
+    (rows,) = attach_row_optimizers(fused, config, tmp_path)
     for task in (fused, dense):
-        losses, weights = task.loss(batch, 0)
+        losses, weights = task.loss(task.prepare(batch, 0))
         (losses / weights).backward()
     table, gradient = fused.get_parameter("encoder.items.weight"), dense.get_parameter("encoder.items.weight").grad
     assert rows.step == 1  # though inputs and candidates share the table
@@ -148,7 +149,7 @@ def test_what_does_not_go_together_is_a_config_error(shop: Path, options: list[s
 
 
 def test_a_table_without_optimizer_has_an_ordinary_gradient() -> None:
-    table = EmbeddingTable("t", 5, 3, seed=0)
+    table = StaticTable(TableSpec("t", 5, 3, seed=0), BlockPlacement("row_wise", 5, 3, ranks=1))
     table(torch.tensor([1, 1])).sum().backward()
     assert table.weight.grad is not None
     assert table.weight.grad[:, 0].tolist() == [0, 2, 0, 0, 0]

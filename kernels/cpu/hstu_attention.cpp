@@ -18,7 +18,7 @@ namespace {
 constexpr int64_t MARGIN = 64;  // vector loads may reach a tile past either end of the position table
 
 struct Problem {
-  Tensor q, k, v, offsets;
+  Tensor q, k, v, offsets, query_offsets;
   OptionalTensor ids, limits, position, time, query_time, key_time;
   Tensor edges, table;  // table: the position table with margins
   int64_t max_seq_len;
@@ -28,15 +28,28 @@ struct Problem {
 
   int64_t sequences() const { return offsets.numel() - 1; }
   int64_t heads() const { return q.size(1); }
+  int64_t keys(int64_t sequence) const { return count(offsets, sequence); }
+  int64_t queries(int64_t sequence) const { return count(query_offsets, sequence); }
+
+  static int64_t count(const Tensor& offsets, int64_t sequence) {
+    const int64_t* at = offsets.const_data_ptr<int64_t>() + sequence;
+    return at[1] - at[0];
+  }
+
+  // Where the results of a (sequence, head) task begin in [Tq, H, Dv].
+  int64_t output(int64_t index) const {
+    const int64_t row = query_offsets.const_data_ptr<int64_t>()[index / heads()];
+    return (row * heads() + index % heads()) * v.size(2);
+  }
 
   HeadTask task(int64_t sequence, int64_t head) const {
-    const int64_t* at = offsets.const_data_ptr<int64_t>();
-    const int64_t start = at[sequence], n = at[sequence + 1] - start;
+    const int64_t start = offsets.const_data_ptr<int64_t>()[sequence], n = keys(sequence);
+    const int64_t query_start = query_offsets.const_data_ptr<int64_t>()[sequence], first = n - queries(sequence);
     HeadTask t{};
     t.stride_qk = q.size(1) * q.size(2);
     t.stride_v = v.size(1) * v.size(2);
-    t.n = int(n), t.dim_qk = int(q.size(2)), t.dim_v = int(v.size(2));
-    t.q = q.const_data_ptr<float>() + start * t.stride_qk + head * t.dim_qk;
+    t.n = int(n), t.first = int(first), t.dim_qk = int(q.size(2)), t.dim_v = int(v.size(2));
+    t.q = q.const_data_ptr<float>() + query_start * t.stride_qk + head * t.dim_qk;
     t.k = k.const_data_ptr<float>() + start * t.stride_qk + head * t.dim_qk;
     t.v = v.const_data_ptr<float>() + start * t.stride_v + head * t.dim_v;
     t.alpha = float(alpha), t.inverse_divisor = float(1.0 / divisor);
@@ -46,22 +59,22 @@ struct Problem {
     if (position) t.position = table.const_data_ptr<float>() + MARGIN + max_seq_len - 1;
     if (time) {
       t.time = time->const_data_ptr<float>();
-      t.query_time = query_time->const_data_ptr<int64_t>() + start;
+      t.query_time = query_time->const_data_ptr<int64_t>() + query_start;
       t.key_time = key_time->const_data_ptr<int64_t>() + start;
       t.edges = edges.const_data_ptr<int64_t>();
-      t.sorted = std::is_sorted(t.key_time, t.key_time + n) && std::is_sorted(t.query_time, t.query_time + n) &&
-                 std::equal(t.key_time, t.key_time + n, t.query_time, [](int64_t a, int64_t b) { return a <= b; });
+      const auto not_after = [](int64_t a, int64_t b) { return a <= b; };
+      t.sorted = std::is_sorted(t.key_time, t.key_time + n) && std::is_sorted(t.query_time, t.query_time + n - first) &&
+                 std::equal(t.key_time + first, t.key_time + n, t.query_time, not_after);
     }
     return t;
   }
 
-  // (sequence, head) tasks for each thread, about equally costly: the longest first, each to the least loaded.
+  // (sequence, head) tasks for each thread, about equally costly: the most keys first, each to the least loaded.
   // The result depends on the number of threads alone, and so do the bits of the tables' gradients.
   std::vector<std::vector<int64_t>> spread() const {
     std::vector<int64_t> order(sequences() * heads());
     std::iota(order.begin(), order.end(), 0);
-    const int64_t* at = offsets.const_data_ptr<int64_t>();
-    auto length = [&](int64_t task) { return at[task / heads() + 1] - at[task / heads()]; };
+    auto length = [&](int64_t task) { return keys(task / heads()); };
     std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return length(a) > length(b); });
     std::vector<std::vector<int64_t>> threads(std::max(1, at::get_num_threads()));
     std::vector<double> load(threads.size(), 0.0);
@@ -69,7 +82,8 @@ struct Problem {
       if (length(task) == 0) continue;
       const auto least = std::min_element(load.begin(), load.end()) - load.begin();
       threads[least].push_back(task);
-      load[least] += double(length(task)) * double(length(task) + 64);
+      const int64_t rows = queries(task / heads());
+      load[least] += double(rows) * double(2 * length(task) - rows + 64);
     }
     return threads;
   }
@@ -102,15 +116,15 @@ OptionalTensor whole(const OptionalTensor& x) {
 }
 
 Problem make_problem(
-    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& offsets, const OptionalTensor& ids,
-    const OptionalTensor& limits, const OptionalTensor& position, const OptionalTensor& time,
+    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& offsets, const OptionalTensor& query_offsets,
+    const OptionalTensor& ids, const OptionalTensor& limits, const OptionalTensor& position, const OptionalTensor& time,
     const OptionalTensor& query_time, const OptionalTensor& key_time, const Tensor& edges, int64_t max_seq_len,
     double alpha, double divisor, bool causal, int64_t contextual_seq_len, int64_t max_attn_len,
     int64_t min_full_attn_seq_len, const std::string& isa) {
   Problem p{
       q.to(at::kFloat).contiguous(), k.to(at::kFloat).contiguous(), v.to(at::kFloat).contiguous(), offsets.contiguous(),
-      whole(ids), whole(limits), floats(position), floats(time), whole(query_time), whole(key_time),
-      edges.contiguous(), Tensor(), max_seq_len, alpha, divisor,
+      query_offsets ? query_offsets->contiguous() : offsets.contiguous(), whole(ids), whole(limits), floats(position),
+      floats(time), whole(query_time), whole(key_time), edges.contiguous(), Tensor(), max_seq_len, alpha, divisor,
       {causal, contextual_seq_len, max_attn_len, min_full_attn_seq_len}, kernels_of(isa)};
   if (position) p.table = at::constant_pad_nd(*p.position, {MARGIN, MARGIN});
   return p;
@@ -119,18 +133,18 @@ Problem make_problem(
 }  // namespace
 
 Tensor hstu_attention_forward(
-    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& offsets, const OptionalTensor& ids,
-    const OptionalTensor& limits, const OptionalTensor& position, const OptionalTensor& time,
+    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& offsets, const OptionalTensor& query_offsets,
+    const OptionalTensor& ids, const OptionalTensor& limits, const OptionalTensor& position, const OptionalTensor& time,
     const OptionalTensor& query_time, const OptionalTensor& key_time, const Tensor& edges, int64_t max_seq_len,
     double alpha, double divisor, bool causal, int64_t contextual_seq_len, int64_t max_attn_len,
     int64_t min_full_attn_seq_len, const std::string& isa) {
   const Problem p = make_problem(
-      q, k, v, offsets, ids, limits, position, time, query_time, key_time, edges, max_seq_len, alpha, divisor, causal,
-      contextual_seq_len, max_attn_len, min_full_attn_seq_len, isa);
-  Tensor out = at::empty_like(p.v);
+      q, k, v, offsets, query_offsets, ids, limits, position, time, query_time, key_time, edges, max_seq_len, alpha,
+      divisor, causal, contextual_seq_len, max_attn_len, min_full_attn_seq_len, isa);
+  Tensor out = at::empty({q.size(0), v.size(1), v.size(2)}, at::kFloat);
   float* to = out.mutable_data_ptr<float>();
-  p.run([&](HeadTask& t, int64_t, int64_t) {
-    t.out = to + (t.v - p.v.const_data_ptr<float>());
+  p.run([&](HeadTask& t, int64_t index, int64_t) {
+    t.out = to + p.output(index);
     p.kernels.attention_forward(t);
   });
   return out.to(v.scalar_type());
@@ -138,13 +152,13 @@ Tensor hstu_attention_forward(
 
 std::vector<Tensor> hstu_attention_backward(
     const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& offsets,
-    const OptionalTensor& ids, const OptionalTensor& limits, const OptionalTensor& position, const OptionalTensor& time,
-    const OptionalTensor& query_time, const OptionalTensor& key_time, const Tensor& edges, int64_t max_seq_len,
-    double alpha, double divisor, bool causal, int64_t contextual_seq_len, int64_t max_attn_len,
-    int64_t min_full_attn_seq_len, const std::string& isa) {
+    const OptionalTensor& query_offsets, const OptionalTensor& ids, const OptionalTensor& limits,
+    const OptionalTensor& position, const OptionalTensor& time, const OptionalTensor& query_time,
+    const OptionalTensor& key_time, const Tensor& edges, int64_t max_seq_len, double alpha, double divisor, bool causal,
+    int64_t contextual_seq_len, int64_t max_attn_len, int64_t min_full_attn_seq_len, const std::string& isa) {
   const Problem p = make_problem(
-      q, k, v, offsets, ids, limits, position, time, query_time, key_time, edges, max_seq_len, alpha, divisor, causal,
-      contextual_seq_len, max_attn_len, min_full_attn_seq_len, isa);
+      q, k, v, offsets, query_offsets, ids, limits, position, time, query_time, key_time, edges, max_seq_len, alpha,
+      divisor, causal, contextual_seq_len, max_attn_len, min_full_attn_seq_len, isa);
   const Tensor d_out = grad.to(at::kFloat).contiguous();
   Tensor dq = at::empty_like(p.q), dk = at::empty_like(p.k), dv = at::empty_like(p.v);
   // each thread adds to tables of its own, which are summed at the end: no conflicts, a fixed order
@@ -153,10 +167,11 @@ std::vector<Tensor> hstu_attention_backward(
   Tensor d_time = at::zeros({threads, time ? p.time->numel() : 0}, at::kFloat);
   float *to_q = dq.mutable_data_ptr<float>(), *to_k = dk.mutable_data_ptr<float>(), *to_v = dv.mutable_data_ptr<float>();
   float *to_position = d_position.mutable_data_ptr<float>(), *to_time = d_time.mutable_data_ptr<float>();
-  p.run([&](HeadTask& t, int64_t, int64_t thread) {
-    const int64_t at_q = t.q - p.q.const_data_ptr<float>(), at_v = t.v - p.v.const_data_ptr<float>();
-    t.grad = d_out.const_data_ptr<float>() + at_v;
-    t.dq = to_q + at_q, t.dk = to_k + at_q, t.dv = to_v + at_v;
+  p.run([&](HeadTask& t, int64_t index, int64_t thread) {
+    t.grad = d_out.const_data_ptr<float>() + p.output(index);
+    t.dq = to_q + (t.q - p.q.const_data_ptr<float>());
+    t.dk = to_k + (t.k - p.k.const_data_ptr<float>());
+    t.dv = to_v + (t.v - p.v.const_data_ptr<float>());
     if (position) t.d_position = to_position + thread * d_position.size(1) + MARGIN + max_seq_len - 1;
     if (time) t.d_time = to_time + thread * d_time.size(1);
     p.kernels.attention_backward(t);

@@ -13,10 +13,11 @@ struct Mask {
 };
 
 struct HeadTask {
-  // Inputs, float32; token i of the sequence starts at i * stride.
+  // Inputs, float32; rows follow each other by the stride. There are n keys. The queries are the tokens from `first`
+  // on, so row 0 of what belongs to queries (q, grad, out, dq, query_time) is that of token `first`.
   const float *q, *k, *v, *grad;
   int64_t stride_qk, stride_v;
-  int n, dim_qk, dim_v;
+  int n, first, dim_qk, dim_v;
   float alpha, inverse_divisor;
 
   // Mask: ids and limit are null and unused when ids simply count the tokens ("plain").

@@ -1,4 +1,5 @@
 // npu_rec._C
+#include "key_map.h"
 #include "ops.h"
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -13,4 +14,16 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("embedding_forward", &npu_rec::embedding_forward, release());
   m.def("embedding_backward", &npu_rec::embedding_backward, release());
   m.def("embedding_update", &npu_rec::embedding_update, release());
+  m.def("records_read", &npu_rec::records_read, release());
+  m.def("records_write", &npu_rec::records_write, release());
+  py::class_<npu_rec::KeyMap>(m, "KeyMap")
+      .def(py::init<>())
+      .def("find", &npu_rec::KeyMap::find, release())
+      .def("insert", &npu_rec::KeyMap::insert, release())
+      .def("erase", &npu_rec::KeyMap::erase, release())
+      .def("items", &npu_rec::KeyMap::items, release())
+      .def("__len__", &npu_rec::KeyMap::entries)
+      .def_property_readonly("slot_limit", &npu_rec::KeyMap::slot_limit)
+      .def_property_readonly("load_factor", &npu_rec::KeyMap::load_factor)
+      .def_property_readonly("memory_bytes", &npu_rec::KeyMap::memory_bytes);
 }

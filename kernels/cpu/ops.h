@@ -4,6 +4,7 @@
 
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "kernels.h"
@@ -23,19 +24,20 @@ inline Dtype dtype_of(const Tensor& x) {
 // x [T, C] itself, and a copy only where the elements of a row lie apart.
 inline Tensor with_whole_rows(const Tensor& x) { return x.stride(1) == 1 || x.size(1) <= 1 ? x : x.contiguous(); }
 
-// Arguments as in npu_rec.ops.hstu_attention. `ids` and `limits`, [T], come from npu_rec.ops.masks.token_ids, and
+// Arguments as in npu_rec.ops.hstu_attention. `ids` and `limits`, [Tk], come from npu_rec.ops.masks.token_ids, and
 // are absent where ids count the tokens; `edges` are those of npu_rec.ops.time_buckets.
 Tensor hstu_attention_forward(
-    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& offsets, const OptionalTensor& ids,
-    const OptionalTensor& limits, const OptionalTensor& position, const OptionalTensor& time,
+    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& offsets, const OptionalTensor& query_offsets,
+    const OptionalTensor& ids, const OptionalTensor& limits, const OptionalTensor& position, const OptionalTensor& time,
     const OptionalTensor& query_time, const OptionalTensor& key_time, const Tensor& edges, int64_t max_seq_len,
     double alpha, double divisor, bool causal, int64_t contextual_seq_len, int64_t max_attn_len,
     int64_t min_full_attn_seq_len, const std::string& isa);
 
 // Gradients of q, k, v, position, time; an absent table's is empty.
 std::vector<Tensor> hstu_attention_backward(
-    const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& offsets, const OptionalTensor& ids,
-    const OptionalTensor& limits, const OptionalTensor& position, const OptionalTensor& time,
+    const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& offsets,
+    const OptionalTensor& query_offsets, const OptionalTensor& ids, const OptionalTensor& limits,
+    const OptionalTensor& position, const OptionalTensor& time,
     const OptionalTensor& query_time, const OptionalTensor& key_time, const Tensor& edges, int64_t max_seq_len,
     double alpha, double divisor, bool causal, int64_t contextual_seq_len, int64_t max_attn_len,
     int64_t min_full_attn_seq_len, const std::string& isa);
@@ -73,5 +75,12 @@ void embedding_update(
     const Tensor& grad, const Tensor& table, const Tensor& ids, const OptionalTensor& square,
     const OptionalTensor& momentum, double lr, double beta1, double beta2, double rest2, double correction2, double eps,
     double max_norm, const std::string& isa);
+
+// Reads or writes `records [U, width]`, contiguous, number n at n times the size of a record, in the `order [U]` of
+// their numbers [U]. Returns the number of a record that failed and the errno (0: the file ends before it), or nothing.
+std::optional<std::pair<int64_t, int64_t>> records_read(
+    int64_t file, const Tensor& numbers, const Tensor& order, const Tensor& records);
+std::optional<std::pair<int64_t, int64_t>> records_write(
+    int64_t file, const Tensor& numbers, const Tensor& order, const Tensor& records);
 
 }  // namespace npu_rec

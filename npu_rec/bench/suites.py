@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from npu_rec.bench import attention, embedding, loss, norm_gate, train_step
+from npu_rec.bench import attention, balance, embedding, loss, norm_gate, train_step
 from npu_rec.bench.harness import Row
 from npu_rec.device import Device
 
@@ -16,6 +16,7 @@ SUITES: dict[str, Callable[[Device, int], list[Row]]] = {
     "embedding": embedding.run,
     "norm-gate": norm_gate.run,
     "train-step": train_step.run,
+    "balance": balance.run,
 }
 
 

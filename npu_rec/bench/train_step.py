@@ -33,7 +33,7 @@ def run(device: Device, repeats: int) -> list[Row]:
         return JaggedBatch(torch.arange(len(lengths)), offsets, ids[0], ids[1], times, times + 60).to(at)
 
     def mean_loss(task: Task, batch: JaggedBatch, *parameters: Tensor) -> Tensor:
-        losses, weights = task.loss(batch, 0)
+        losses, weights = task.loss(task.prepare(batch, 0))
         return losses / weights
 
     # the parameters stand among the inputs because the gradients of inputs are what is timed

@@ -6,7 +6,7 @@ So any position is reached at once, nothing has to be replayed on resume.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 
 import numpy as np
@@ -16,21 +16,41 @@ from npu_rec.data.batch import JaggedBatch
 from npu_rec.data.splits import Split
 from npu_rec.ops.random import random_key
 
+Share = Callable[[np.ndarray, int], list[np.ndarray]]
+"""Lengths `[B]` of a global batch and how many ranks there are -> indices into it for each, all of them once."""
+
+
+def in_order(lengths: np.ndarray, ranks: int) -> list[np.ndarray]:
+    """Sequences dealt out one by one, whatever their lengths."""
+    return [np.arange(rank, len(lengths), ranks) for rank in range(ranks)]
+
 
 class TrainLoader:
     """Global batches of a training split, or one rank's share of them.
 
+    The global batches are the same for any number of ranks; `share` says how their work is laid out.
+
     Args:
         batch_size: sequences of a global batch at most.
         batch_tokens: tokens of a global batch at most (a single longer sequence is a batch of its own), or None.
-        rank, world: this process takes every `world`-th sequence of each global batch.
+        rank, world: this process takes the share of `rank` among `world` ranks.
+        share: who takes what; one process alone takes the batch as it is.
     """
 
     def __init__(
-        self, split: Split, *, batch_size: int, batch_tokens: int | None, seed: int, rank: int = 0, world: int = 1
+        self,
+        split: Split,
+        *,
+        batch_size: int,
+        batch_tokens: int | None,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        share: Share = in_order,
     ) -> None:
         self.split, self.batch_size, self.batch_tokens = split, batch_size, batch_tokens
         self.seed, self.rank, self.world = seed, rank, world
+        self.share = share if world > 1 else in_order
 
     def batches(self, epoch: int) -> list[np.ndarray]:
         """The global batches of an epoch: rows of the split, in the order of training."""
@@ -46,7 +66,11 @@ class TrainLoader:
             cuts.append(min(stop, len(order)))
         return [order[a:b] for a, b in pairwise(cuts)]
 
+    def shares(self, rows: np.ndarray) -> list[np.ndarray]:
+        """For each rank its rows of a global batch."""
+        return [rows[own] for own in self.share(self.split.lengths[rows], self.world)]
+
     def epoch(self, epoch: int, start: int = 0) -> Iterator[JaggedBatch]:
         """This rank's batches of an epoch from batch `start` on."""
         for rows in self.batches(epoch)[start:]:
-            yield self.split.batch(rows[self.rank :: self.world])
+            yield self.split.batch(self.shares(rows)[self.rank])

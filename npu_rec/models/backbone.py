@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from npu_rec.config import ModelConfig, OpsConfig
+from npu_rec.distributed.context import ContextShard
+from npu_rec.ops.jagged import position_of_token
 from npu_rec.ops.random import derive_keys
 
 
@@ -23,6 +25,8 @@ class Layout:
         query_times: `[T]` int64 seconds, the time of the next event (of the request, for the last one).
         num_targets: `[B]` int64 trailing candidates, or None.
         dropout_keys: `[T]` int64, or None outside training: no dropout.
+        context: with context parallel, what the T tokens here are of their sequences; offsets are those of the shard,
+            num_targets those of the whole sequences.
     """
 
     offsets: Tensor
@@ -31,6 +35,16 @@ class Layout:
     query_times: Tensor | None = None
     num_targets: Tensor | None = None
     dropout_keys: Tensor | None = None
+    context: ContextShard | None = None
+
+    def positions(self, total: int) -> Tensor:
+        """The place of each of the `total` = T tokens inside its sequence, `[T]` int64."""
+        return position_of_token(self.offsets, total) if self.context is None else self.context.positions
+
+    @property
+    def key_times(self) -> Tensor | None:
+        """Times of the keys that attention of these tokens reads: theirs, or with `context` those of its keys."""
+        return self.times if self.context is None else self.context.key_times
 
     def keys_for(self, part: int) -> Tensor | None:
         """Dropout keys `[T]` of one place in the model."""
@@ -42,9 +56,11 @@ class Backbone(nn.Module, ABC):
 
     Class attributes:
         learned_positions: the encoder adds a learned vector for each place to the input.
+        takes_context: it heeds `Layout.context`, so sequences may be spread over ranks.
     """
 
     learned_positions: ClassVar[bool] = True
+    takes_context: ClassVar[bool] = False
 
     @abstractmethod
     def __init__(self, config: ModelConfig, options: Any, ops: OpsConfig) -> None:

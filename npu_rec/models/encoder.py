@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from npu_rec.config import ModelConfig, OpsConfig
-from npu_rec.embedding import EmbeddingTable
+from npu_rec.config import EmbeddingConfig, ModelConfig, OpsConfig
+from npu_rec.distributed import World
+from npu_rec.distributed.context import ContextShard
+from npu_rec.distributed.world import ALONE
+from npu_rec.embedding import TableSpec, build_tables
 from npu_rec.models.backbone import Backbone, Layout
-from npu_rec.ops.jagged import position_of_token
 from npu_rec.ops.random import dropout
 from npu_rec.registry import lookup
 
@@ -21,17 +23,30 @@ class SequenceEncoder(nn.Module):
     """`x_i = dropout(E[id_i] * sqrt(D) + P[i])`, zero where id is 0, through the backbone.
 
     Equations of HSTU, arXiv 2402.17152, as in Meta's research code.
+
+    Attributes:
+        tables: `items`, the rows `[num_items + 1, D]`, wherever they are.
     """
 
-    def __init__(self, config: ModelConfig, options: Any, ops: OpsConfig, *, num_items: int, seed: int) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        options: Any,
+        ops: OpsConfig,
+        *,
+        num_items: int,
+        seed: int,
+        embedding: EmbeddingConfig | None = None,
+        world: World = ALONE,
+    ) -> None:
         super().__init__()
         backbone = lookup("model", config.backbone).target
         self.max_seq_len = config.max_seq_len + config.max_output_len
         self.input_dropout = config.input_dropout
         self.scale = config.embedding_dim**0.5
-        self.items = EmbeddingTable(
-            "items", num_items + 1, config.embedding_dim, seed=seed, backend=ops.embedding_lookup
-        )
+        spec = TableSpec("items", num_items + 1, config.embedding_dim, seed)
+        self.tables = build_tables([spec], embedding or EmbeddingConfig(), ops.embedding_lookup, world)
+        self.items = self.tables.tables["items"]
         self.positions: nn.Parameter | None = None
         if backbone.learned_positions:
             self.positions = nn.Parameter(torch.empty(self.max_seq_len, config.embedding_dim))
@@ -46,6 +61,7 @@ class SequenceEncoder(nn.Module):
         query_times: Tensor | None = None,
         dropout_keys: Tensor | None = None,
         vectors: Tensor | None = None,
+        context: ContextShard | None = None,
     ) -> Tensor:
         """Hidden states `[T, D]`.
 
@@ -54,12 +70,13 @@ class SequenceEncoder(nn.Module):
             offsets: `[B + 1]` int64; no sequence longer than N.
             times, query_times: `[T]` int64 seconds of each event and of the one after it, or None.
             dropout_keys: `[T]` int64 in training, None otherwise.
-            vectors: `[T, D]` rows of `item_ids`, where the caller has looked them up already.
+            vectors: `[T, D]` rows of `item_ids`, looked up by a plan or read; None where this process has all rows.
+            context: with context parallel, what the tokens given, and all the arguments, are of their sequences.
         """
-        layout = Layout(offsets, self.max_seq_len, times, query_times, None, dropout_keys)
+        layout = Layout(offsets, self.max_seq_len, times, query_times, None, dropout_keys, context)
         x = (self.items(item_ids) if vectors is None else vectors) * self.scale
         if self.positions is not None:
-            x = x + self.positions[position_of_token(offsets, item_ids.shape[0])]
+            x = x + self.positions[layout.positions(item_ids.shape[0])]
         x = dropout(x, self.input_dropout, layout.keys_for(INPUT_DROPOUT))
         x = x * (item_ids != 0).unsqueeze(1)
         hidden: Tensor = self.backbone(x, layout)

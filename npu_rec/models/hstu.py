@@ -14,7 +14,7 @@ would let see the end), and `y = W_o dropout([u, a, u * a]) + x` with a = LN(O) 
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from npu_rec.config import ModelConfig, OpsConfig, Section
+from npu_rec.distributed.context_attention import context_attention
 from npu_rec.models.backbone import Backbone, Layout
 from npu_rec.models.meta_weights import load_meta_state_dict as load_meta_state_dict
 from npu_rec.ops import RelativeBias, hstu_attention, linear_silu, norm_gate
@@ -83,16 +84,11 @@ class HSTULayer(nn.Module):
             u, v, q, k = torch.split(self.uvqk(normalised), self.widths, dim=1)
         else:
             u, v, q, k = linear_silu(normalised, self.uvqk.weight, splits=self.widths, backend=self.ops.linear_silu)
-        attended = hstu_attention(
+        attended = self._attention(
             q.view(-1, self.heads, self.attention_dim),
             k.view(-1, self.heads, self.attention_dim),
             v.view(-1, self.heads, self.linear_dim),
-            layout.offsets,
-            max_seq_len=layout.max_seq_len,
-            alpha=self.attention_dim**-0.5 if self.production else 1.0,
-            num_targets=layout.num_targets,
-            bias=self._bias(layout),
-            backend=self.ops.hstu_attention,
+            layout,
         ).flatten(1)
         keys = layout.keys_for(self.index)
         if self.production:
@@ -103,12 +99,24 @@ class HSTULayer(nn.Module):
         y: Tensor = self.output(gated) + x
         return y
 
+    def _attention(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+        arguments: dict[str, Any] = {
+            "max_seq_len": layout.max_seq_len,
+            "alpha": self.attention_dim**-0.5 if self.production else 1.0,
+            "num_targets": layout.num_targets,
+            "bias": self._bias(layout),
+            "backend": self.ops.hstu_attention,
+        }
+        if layout.context is not None:
+            return context_attention(q, k, v, layout.context, **arguments)
+        return hstu_attention(q, k, v, layout.offsets, **arguments)
+
     def _bias(self, layout: Layout) -> RelativeBias | None:
         if self.position_weight is None:
             return None
         if self.time_weight is None:
             return RelativeBias(self.position_weight)
-        return RelativeBias(self.position_weight, self.time_weight, layout.query_times, layout.times)
+        return RelativeBias(self.position_weight, self.time_weight, layout.query_times, layout.key_times)
 
 
 class InputTimes(nn.Module):
@@ -136,6 +144,8 @@ class InputTimes(nn.Module):
 @register("model", "hstu", options=HSTUOptions)
 class HSTU(Backbone):
     """A stack of HSTU layers."""
+
+    takes_context: ClassVar[bool] = True
 
     def __init__(self, config: ModelConfig, options: Any, ops: OpsConfig) -> None:
         super().__init__(config, options, ops)

@@ -20,7 +20,7 @@ from npu_rec.ops import (
     hstu_attention_vendor,
 )
 from npu_rec.ops.checks import check_constants, check_tensors
-from npu_rec.ops.hstu_attention_request import HSTUAttentionRequest
+from npu_rec.ops.hstu_attention_request import HSTUAttentionRequest, check_shapes
 from npu_rec.ops.masks import MaskRule
 from npu_rec.ops.registry import operator
 from npu_rec.ops.relative_bias import RelativeBias
@@ -52,12 +52,13 @@ def hstu_attention(
     max_attn_len: int = 0,
     min_full_attn_seq_len: int = 0,
     bias: RelativeBias | None = None,
+    query_offsets: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """HSTU attention, differentiable in q, k, v and the two weights of the bias.
 
     Args:
-        q, k: `[T, H, Dqk]`, float64, float32, bfloat16 or float16.
+        q, k: `[T, H, Dqk]` (with query_offsets q is `[Tq, H, Dqk]`), float64, float32, bfloat16 or float16.
         v: `[T, H, Dv]`, same dtype. H, Dqk and Dv are 1 or more; a backend may have a limit.
         offsets: `[B + 1]` int64; no sequence longer than `max_seq_len`.
         max_seq_len: N, the model's constant (not the batch's maximum): default divisor, origin of the position table.
@@ -69,10 +70,12 @@ def hstu_attention(
         max_attn_len: local window in ids, 0 for none.
         min_full_attn_seq_len: the last so many history tokens (and targets) ignore the window.
         bias: relative position and time bias, or None.
+        query_offsets: `[B + 1]` int64, or None: every token is a query. Otherwise q holds the last tokens of each
+            sequence alone, and query_time of the bias is `[Tq]`; places and masks stay those of the whole sequence.
         backend: `auto`, or the name of one.
 
     Returns:
-        `[T, H, Dv]`, dtype of v.
+        `[T, H, Dv]` (with query_offsets `[Tq, H, Dv]`), dtype of v.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or (on the CPU) offsets do not describe the tokens.
@@ -85,8 +88,15 @@ def hstu_attention(
     )
     check_tensors(
         floats={"q": q, "k": k, "v": v, "position_weight": position_weight, "time_weight": time_weight},
-        indices={"offsets": offsets, "num_targets": num_targets, "query_time": query_time, "key_time": key_time},
+        indices={
+            "offsets": offsets,
+            "query_offsets": query_offsets,
+            "num_targets": num_targets,
+            "query_time": query_time,
+            "key_time": key_time,
+        },
         optional=(
+            "query_offsets",
             "num_targets",
             "time_weight",
             "query_time",
@@ -105,18 +115,7 @@ def hstu_attention(
         min_full_attn_seq_len=(min_full_attn_seq_len, int),
         backend=(backend, str),
     )
-    if q.dim() != 3 or k.shape != q.shape or v.dim() != 3 or v.shape[:2] != q.shape[:2]:
-        raise ValueError(
-            f"q, k, v must be [T, H, Dqk], [T, H, Dqk], [T, H, Dv]; got {[list(x.shape) for x in (q, k, v)]}"
-        )
-    if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"q, k, v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
-    if q.shape[1] < 1 or q.shape[2] < 1 or v.shape[2] < 1:
-        raise ValueError(f"heads and their widths must be 1 or more, got {[list(x.shape) for x in (q, k, v)]}")
-    if offsets.dim() != 1 or offsets.shape[0] < 1:
-        raise ValueError(f"offsets must be [B + 1], got {list(offsets.shape)}")
-    if num_targets is not None and num_targets.shape != (offsets.shape[0] - 1,):
-        raise ValueError(f"num_targets must be [B] = [{offsets.shape[0] - 1}], got {list(num_targets.shape)}")
+    check_shapes(q, k, v, offsets, query_offsets, num_targets)
     if max_seq_len < 1:
         raise ValueError(f"max_seq_len must be 1 or more, got {max_seq_len}")
     if not 0.0 < divisor < math.inf:
@@ -125,7 +124,7 @@ def hstu_attention(
         raise ValueError(f"alpha must be finite, got {alpha}")
     MaskRule(causal, contextual_seq_len, max_attn_len, min_full_attn_seq_len)
     if bias is not None:
-        bias.check(q.shape[0], max_seq_len)
+        bias.check(k.shape[0], max_seq_len, q.shape[0])
     out: Tensor = torch.ops.npu_rec.hstu_attention(
         q,
         k,
@@ -144,6 +143,7 @@ def hstu_attention(
         max_attn_len,
         min_full_attn_seq_len,
         backend,
+        query_offsets,
     )
     return out
 
@@ -167,11 +167,12 @@ def _forward(
     max_attn_len: int,
     min_full_attn_seq_len: int,
     backend: str,
+    query_offsets: Tensor | None = None,
 ) -> Tensor:
     rule = MaskRule(causal, contextual_seq_len, max_attn_len, min_full_attn_seq_len)
     request = HSTUAttentionRequest(
         q, k, v, offsets, num_targets, position_weight, time_weight, query_time, key_time,
-        max_seq_len, alpha, divisor, rule,
+        max_seq_len, alpha, divisor, rule, query_offsets,
     )  # fmt: skip
     request.check()
     out: Tensor = HSTU_ATTENTION.forward(request, backend, q.device)
@@ -180,7 +181,7 @@ def _forward(
 
 @_forward.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> Tensor:
-    return v.new_empty(v.shape)
+    return v.new_empty((q.shape[0], *v.shape[1:]))
 
 
 @torch.library.custom_op("npu_rec::hstu_attention_backward", mutates_args=())
@@ -203,11 +204,12 @@ def _backward(
     max_attn_len: int,
     min_full_attn_seq_len: int,
     backend: str,
+    query_offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     rule = MaskRule(causal, contextual_seq_len, max_attn_len, min_full_attn_seq_len)
     request = HSTUAttentionRequest(
         q, k, v, offsets, num_targets, position_weight, time_weight, query_time, key_time,
-        max_seq_len, alpha, divisor, rule,
+        max_seq_len, alpha, divisor, rule, query_offsets,
     )  # fmt: skip
     dq, dk, dv, d_position, d_time = HSTU_ATTENTION.backward(request, backend, q.device, grad)
     # an operator's schema has no optional results: an absent weight has a gradient of no elements
@@ -230,16 +232,16 @@ def _(
 
 
 def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[object, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:9])  # type: ignore[arg-type]
-    ctx.constants = inputs[9:]  # type: ignore[attr-defined]
+    ctx.save_for_backward(*inputs[:9], inputs[-1])  # type: ignore[arg-type]
+    ctx.constants = inputs[9:-1]  # type: ignore[attr-defined]
 
 
 def _autograd(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors  # type: ignore[attr-defined]
+    *saved, query_offsets = ctx.saved_tensors  # type: ignore[attr-defined]
     constants = ctx.constants  # type: ignore[attr-defined]
-    dq, dk, dv, d_position, d_time = torch.ops.npu_rec.hstu_attention_backward(grad, *saved, *constants)
+    dq, dk, dv, d_position, d_time = torch.ops.npu_rec.hstu_attention_backward(grad, *saved, *constants, query_offsets)
     weights = (d_position if saved[5] is not None else None, d_time if saved[6] is not None else None)
-    return dq, dk, dv, None, None, *weights, *(None,) * (len(constants) + 2)
+    return dq, dk, dv, None, None, *weights, *(None,) * (len(constants) + 3)
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)

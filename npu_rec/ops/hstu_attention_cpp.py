@@ -23,13 +23,14 @@ def _arguments(request: HSTUAttentionRequest) -> tuple[Any, ...]:
     rule = request.rule
     ids = limits = None
     if request.num_targets is not None or rule.contextual_seq_len > 0:
-        ids, limits = token_ids(request.offsets, request.q.shape[0], rule.contextual_seq_len, request.num_targets)
+        ids, limits = token_ids(request.offsets, request.k.shape[0], rule.contextual_seq_len, request.num_targets)
     buckets = 1 if request.time_weight is None else request.time_weight.shape[0] - 1
     return (
         request.q,
         request.k,
         request.v,
         request.offsets,
+        request.query_offsets,
         ids,
         limits,
         request.position_weight,
@@ -49,7 +50,7 @@ def _arguments(request: HSTUAttentionRequest) -> tuple[Any, ...]:
 
 
 def forward(request: HSTUAttentionRequest) -> Tensor:
-    """`[T, H, Dv]`."""
+    """`[Tq, H, Dv]`."""
     out: Tensor = extension().hstu_attention_forward(*_arguments(request))
     return out
 

@@ -1,13 +1,14 @@
 """`hstu_attention` in plain PyTorch without an N x N tensor: the fallback on every device.
 
-Each sequence is cut into blocks of `BLOCK` tokens. A tile is a query block against a key block of
-the same sequence; tiles of the whole batch are computed together, those of one diagonal (query
+Each sequence is cut into blocks of `BLOCK` tokens. A tile is the queries of a block against the keys of
+a block of the same sequence; tiles of the whole batch are computed together, those of one diagonal (query
 block minus key block) at a time. On a diagonal no block occurs twice as query or as key, so
 results are added without conflicts, in a fixed order. Scores and bias are recomputed in the
 backward pass, a tile at a time.
 
-Rows that a block has beyond its sequence point to row T of the padded inputs, which is zero. So a
-missing key adds nothing, and a missing query adds only to row T of the outputs, which is dropped.
+Rows that a block has beyond its sequence, or before its first query, point to the last row of the padded
+inputs, which is zero. So a missing key adds nothing, and a missing query adds only to the last row of the
+outputs, which is dropped.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ SCORES_AT_ONCE = 1 << 20  # bounds the memory: a few tensors of so many scores a
 
 @dataclass
 class _Tiles:
-    """Some tiles of one diagonal: the token rows `[G, BLOCK]` of their queries and of their keys."""
+    """Some tiles of one diagonal: the rows `[G, BLOCK]` of their queries and of their keys."""
 
     query: Tensor
     key: Tensor
@@ -39,7 +40,7 @@ class _Tiles:
 
 def _tiles(request: HSTUAttentionRequest) -> Iterator[_Tiles]:
     """All tiles that the mask may leave something of."""
-    total, heads = request.q.shape[0], request.q.shape[1]
+    (queries, heads), keys = request.q.shape[:2], request.k.shape[0]
     device = request.q.device
     lengths = offsets_to_lengths(request.offsets)
     blocks = (lengths + BLOCK - 1) // BLOCK
@@ -47,7 +48,12 @@ def _tiles(request: HSTUAttentionRequest) -> Iterator[_Tiles]:
     first = torch.cumsum(blocks, 0) - blocks
     block = torch.arange(sequence.numel(), device=device) - first[sequence]
     places = block[:, None] * BLOCK + torch.arange(BLOCK, device=device)
-    rows = torch.where(places < lengths[sequence, None], places + request.offsets[sequence, None], total)
+    present = places < lengths[sequence, None]
+    key_rows = torch.where(present, places + request.offsets[sequence, None], keys)
+    start = (lengths - offsets_to_lengths(request.offsets_of_queries))[sequence]  # the first query's place
+    asks = ((block + 1) * BLOCK > start) & (start < lengths[sequence])
+    asked = present & (places >= start[:, None])
+    query_rows = torch.where(asked, places - start[:, None] + request.offsets_of_queries[sequence, None], queries)
 
     rule = request.rule
     longest = int(blocks.max()) if blocks.numel() else 0
@@ -59,11 +65,12 @@ def _tiles(request: HSTUAttentionRequest) -> Iterator[_Tiles]:
     together = max(1, SCORES_AT_ONCE // (heads * BLOCK * BLOCK))
     for diagonal in range(0 if rule.causal and rule.contextual_seq_len == 0 else 1 - longest, farthest + 1):
         partner = block - diagonal
-        wanted = (partner >= 0) & (partner < blocks[sequence])
+        wanted = (partner >= 0) & (partner < blocks[sequence]) & asks
         if diagonal < 0 and rule.causal:  # above the diagonal only contextual rows see something
             wanted &= block * BLOCK < rule.contextual_seq_len
         for query in wanted.nonzero().squeeze(1).split(together):
-            yield _Tiles(rows[query], rows[query - diagonal], diagonal)
+            if query.numel() > 0:
+                yield _Tiles(query_rows[query], key_rows[query - diagonal], diagonal)
 
 
 class _Work:
@@ -73,9 +80,10 @@ class _Work:
         self.request = request
         self.dtype = request.compute_dtype
         self.q, self.k, self.v = (self.padded(x) for x in (request.q, request.k, request.v))
-        total = request.q.shape[0]
-        ids, limits = token_ids(request.offsets, total, request.rule.contextual_seq_len, request.num_targets)
-        self.ids, self.limits = _with_zero_row(ids), _with_zero_row(limits)
+        rule, tokens = request.rule, request.tokens_of_queries
+        ids, limits = token_ids(request.offsets, request.k.shape[0], rule.contextual_seq_len, request.num_targets)
+        self.query_ids, self.limits = _with_zero_row(ids[tokens]), _with_zero_row(limits[tokens])
+        self.key_ids = _with_zero_row(ids)
         # ids that count every token up make position bias and mask the same in all tiles of a diagonal
         self.plain = request.num_targets is None and request.rule.contextual_seq_len == 0
         if request.query_time is not None and request.key_time is not None:
@@ -85,18 +93,18 @@ class _Work:
         return _with_zero_row(x.to(self.dtype)).flatten(1)
 
     def heads(self, padded: Tensor, rows: Tensor) -> Tensor:
-        """Rows `[G, BLOCK]` of `padded [T + 1, H * D]` as `[G, H, BLOCK, D]`."""
+        """Rows `[G, BLOCK]` of `padded [T + 1, H * D]`, T queries or keys, as `[G, H, BLOCK, D]`."""
         tile = padded.index_select(0, rows.flatten()).view(*rows.shape, self.request.q.shape[1], -1)
         return tile.transpose(1, 2)
 
     def ids_of(self, tiles: _Tiles) -> tuple[Tensor, Tensor, Tensor]:
         """Ids of queries `[G, BLOCK, 1]` and keys `[G, 1, BLOCK]`, and limits; G = 1 when all tiles agree."""
         if self.plain and (self.request.rule.min_full_attn_seq_len == 0 or self.request.rule.max_attn_len == 0):
-            places = torch.arange(BLOCK, device=self.ids.device)
+            places = torch.arange(BLOCK, device=self.key_ids.device)
             return (places + tiles.diagonal * BLOCK)[None, :, None], places[None, None, :], places[:1, None, None]
         return (
-            self.ids[tiles.query].unsqueeze(2),
-            self.ids[tiles.key].unsqueeze(1),
+            self.query_ids[tiles.query].unsqueeze(2),
+            self.key_ids[tiles.key].unsqueeze(1),
             self.limits[tiles.query].unsqueeze(2),
         )
 
@@ -152,9 +160,9 @@ def _add_entries(total: Tensor, index: Tensor, d_scores: Tensor) -> None:
 
 
 def forward(request: HSTUAttentionRequest) -> Tensor:
-    """`[T, H, Dv]`."""
+    """`[Tq, H, Dv]`."""
     work = _Work(request)
-    out = torch.zeros_like(work.v)
+    out = work.v.new_zeros(work.q.shape[0], work.v.shape[1])
     for tiles in _tiles(request):
         scores, _, _ = work.scores(tiles, work.heads(work.q, tiles.query), work.heads(work.k, tiles.key))
         attended = torch.nn.functional.silu(scores, inplace=True)
@@ -162,7 +170,7 @@ def forward(request: HSTUAttentionRequest) -> Tensor:
         if mask is not None:
             attended *= mask
         _add_rows(out, tiles.query, torch.matmul(attended, work.heads(work.v, tiles.key)))
-    return (out[:-1] / request.divisor).view(request.v.shape).to(request.v.dtype)
+    return (out[:-1] / request.divisor).view(-1, *request.v.shape[1:]).to(request.v.dtype)
 
 
 def backward(request: HSTUAttentionRequest, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -24,6 +24,8 @@ def supports(request: HSTUAttentionRequest) -> str | None:
 
     Times of a batch may span 68 years; those farther from the middle count as 34 years from it.
     """
+    if request.query_offsets is not None:
+        return "takes as many queries as keys, no query_offsets"
     widest = max(request.q.shape[2], request.v.shape[2])
     if widest > 256:
         return f"a head is {widest} wide; up to 256"

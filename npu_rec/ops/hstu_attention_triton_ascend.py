@@ -19,6 +19,8 @@ def supports(request: HSTUAttentionRequest) -> str | None:
 
     Time buckets are computed in float32: an interval within rounding of a bucket's edge may count to the next one.
     """
+    if request.query_offsets is not None:
+        return "takes as many queries as keys, no query_offsets"
     widest = max(request.q.shape[2], request.v.shape[2])
     if widest > WIDEST:
         return f"a head is {widest} wide; up to {WIDEST}"

@@ -54,6 +54,8 @@ def supports(request: HSTUAttentionRequest) -> str | None:
         return jagged.FORWARD.unusable()
     if request.position_weight is not None:
         return "takes a bias only as a dense [B, H, N, N] tensor"
+    if request.query_offsets is not None:
+        return "takes as many queries as keys, no query_offsets"
     if request.rule.max_attn_len > 0:
         return "has no local window"
     reasons = []

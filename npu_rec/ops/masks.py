@@ -51,6 +51,17 @@ def token_ids(
     return (ids if num_targets is None else torch.minimum(ids, limits)), limits
 
 
+def token_of_query(offsets: Tensor, query_offsets: Tensor, total: int) -> Tensor:
+    """The token that each of the `total` = Tq queries is, `[Tq]` int64, where the queries of a sequence are its last.
+
+    Args:
+        offsets: `[B + 1]` int64 of the tokens.
+        query_offsets: `[B + 1]` int64 of the queries.
+    """
+    behind = offsets[1:] - query_offsets[1:]  # both count to the end of the sequence
+    return torch.arange(total, device=offsets.device) + behind[sequence_of_token(query_offsets, total)]
+
+
 def allowed(rule: MaskRule, query_id: Tensor, key_id: Tensor, same: Tensor, limit: Tensor) -> Tensor:
     """True where the query may see the key.
 

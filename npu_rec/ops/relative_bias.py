@@ -16,9 +16,9 @@ class RelativeBias:
     Attributes:
         position_weight: `[2N - 1]`.
         time_weight: `[buckets + 1]`, or None for a bias by position alone.
-        query_time: `[T]` int64 seconds. In research HSTU the time of event i + 1 for event i; for the
-            last event and for every target the request time, one per sequence.
-        key_time: `[T]` int64 seconds, the time of the event itself.
+        query_time: `[T]` int64 seconds, one for each query. In research HSTU the time of event i + 1 for event i;
+            for the last event and for every target the request time, one per sequence.
+        key_time: `[T]` int64 seconds, one for each key, the time of the event itself.
     """
 
     position_weight: Tensor
@@ -26,8 +26,11 @@ class RelativeBias:
     query_time: Tensor | None = None
     key_time: Tensor | None = None
 
-    def check(self, total: int, max_seq_len: int) -> None:
-        """Raise ValueError when the parts do not fit together, T = `total` tokens and N = `max_seq_len`."""
+    def check(self, total: int, max_seq_len: int, queries: int | None = None) -> None:
+        """Raise ValueError when the parts do not fit together, T = `total` tokens and N = `max_seq_len`.
+
+        `queries` is their number where not every token is one.
+        """
         if self.position_weight.shape != (2 * max_seq_len - 1,):
             raise ValueError(
                 f"position_weight must be [2 * max_seq_len - 1] = [{2 * max_seq_len - 1}], "
@@ -41,7 +44,8 @@ class RelativeBias:
             return
         if self.time_weight.dim() != 1 or self.time_weight.shape[0] < 2:
             raise ValueError(f"time_weight must be [buckets + 1], got {list(self.time_weight.shape)}")
+        counts = {"query_time": total if queries is None else queries, "key_time": total}
         for name, value in times.items():
-            if value is None or value.shape != (total,):
+            if value is None or value.shape != (counts[name],):
                 shape = None if value is None else list(value.shape)
-                raise ValueError(f"time_weight needs {name} of shape [T] = [{total}], got {shape}")
+                raise ValueError(f"time_weight needs {name} of shape [T] = [{counts[name]}], got {shape}")

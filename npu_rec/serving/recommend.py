@@ -18,8 +18,9 @@ from npu_rec.errors import DataError
 from npu_rec.ops.jagged import lengths_to_offsets
 from npu_rec.registry import resolve
 from npu_rec.tasks import build_task
-from npu_rec.train.checkpoint import load_weights, open_checkpoint, read_items
+from npu_rec.train.checkpoint import open_checkpoint, read_items
 from npu_rec.train.setup import open_device
+from npu_rec.train.state import load_weights
 
 log = logging.getLogger(__name__)
 _USERS_AT_ONCE = 256
@@ -56,7 +57,7 @@ class Recommender:
         config = resolve(load_resolved(checkpoint.config_path, [f"device.backend={backend}"] if backend else None))
         self.device = open_device(config)
         self.task = build_task(config, checkpoint.facts())
-        load_weights(self.task, checkpoint.tensors("model"), str(path))
+        load_weights(self.task, checkpoint, str(path))
         self.task.to(self.device.torch_device).eval()
         self.max_seq_len, self.has_times = config.model.max_seq_len, bool(checkpoint.state["has_times"])
         items = read_items(checkpoint.items_path)

@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from npu_rec.distributed import World
+from npu_rec.distributed.world import ALONE
 from npu_rec.errors import ConfigError
 from npu_rec.ops.random import random_integers
 
@@ -22,9 +24,11 @@ class NegativeSampler:
 
     Args:
         counts: `[C]` int64 occurrences of the catalogue's items in training.
+        world: the ranks that share a global batch; `draw` is collective for in_batch.
     """
 
-    def __init__(self, strategy: Strategy, counts: Tensor) -> None:
+    def __init__(self, strategy: Strategy, counts: Tensor, world: World = ALONE) -> None:
+        self.world = world
         self.strategy = strategy
         self.counts = counts
         if strategy == "popularity":
@@ -40,7 +44,8 @@ class NegativeSampler:
         if self.strategy == "uniform":
             return random_integers(keys, count, self.counts.shape[0])
         if self.strategy == "in_batch":
-            distinct = torch.unique(in_batch)
+            shares = self.world.all_gather_rows(torch.unique(in_batch), "items of the global batch")
+            distinct = torch.unique(torch.cat(shares))
             return (
                 distinct[random_integers(keys, count, distinct.shape[0])]
                 if len(distinct)

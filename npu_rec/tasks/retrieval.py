@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -12,15 +12,19 @@ from torch.nn.functional import pad, softplus
 
 from npu_rec.config import Config, Section
 from npu_rec.data.batch import JaggedBatch
+from npu_rec.distributed import World
+from npu_rec.distributed.context import ContextShard, context_shard, context_world
+from npu_rec.distributed.world import ALONE
 from npu_rec.errors import ConfigError
 from npu_rec.evaluation.ranking import compute_metrics, ranks_of
 from npu_rec.models.encoder import SequenceEncoder, unit
 from npu_rec.ops import sampled_softmax_loss
-from npu_rec.ops.jagged import offsets_to_lengths, sequence_of_token
+from npu_rec.ops.jagged import offsets_to_lengths, position_of_token, sequence_of_token
 from npu_rec.ops.random import random_key
 from npu_rec.registry import options_of, register
+from npu_rec.tasks.catalogue import Catalogue
 from npu_rec.tasks.negatives import NegativeSampler, Strategy
-from npu_rec.tasks.task import DataFacts, Task
+from npu_rec.tasks.task import DataFacts, Prepared, Task
 
 
 class RetrievalOptions(Section):
@@ -40,55 +44,74 @@ class RetrievalOptions(Section):
 class Retrieval(Task):
     """User and item vectors of length 1; cosine similarity over a temperature."""
 
-    catalogue: Tensor  # [C] item ids, ascending
-    column_of_item: Tensor  # [num_items + 1] place in the catalogue, -1 outside it
+    takes_context = True
     log_q: Tensor | None  # [C]
 
-    def __init__(self, config: Config, options: Any, facts: DataFacts) -> None:
-        super().__init__(config, options, facts)
+    def __init__(self, config: Config, options: Any, facts: DataFacts, world: World = ALONE) -> None:
+        super().__init__(config, options, facts, world)
         self.options: RetrievalOptions = options
+        self._candidates: Tensor | None = None  # in evaluation: the catalogue's vectors, read once
         self.seed = config.train.seed
         self.backend = config.ops.sampled_softmax_loss
         self.encoder = SequenceEncoder(
-            config.model, options_of(config, "model"), config.ops, num_items=facts.num_items, seed=config.train.seed
+            config.model,
+            options_of(config, "model"),
+            config.ops,
+            num_items=facts.num_items,
+            seed=config.train.seed,
+            embedding=config.embedding,
+            world=world,
         )
+        self.tables = self.encoder.tables
+        self.context_world = context_world(world, config.parallel.context)
+        if self.context_world.size > 1 and not self.encoder.backbone.takes_context:
+            raise ConfigError(f"parallel.context: model.backbone {config.model.backbone} cannot share sequences")
         if self.encoder.backbone.needs_times and not facts.has_times:
             raise ConfigError(
                 f"data.name: {config.data.name} has no times, but model.backbone {config.model.backbone} uses a "
                 "time bias; set model.options.bias to position"
             )
-        column = torch.full((facts.num_items + 1,), -1, dtype=torch.int64)
-        column[facts.catalogue] = torch.arange(facts.catalogue.shape[0])
-        self.register_buffer("catalogue", facts.catalogue, persistent=False)
-        self.register_buffer("column_of_item", column, persistent=False)
-        self.sampler = NegativeSampler(options.negatives, facts.item_counts[facts.catalogue])
+        self.catalogue = Catalogue(facts.catalogue)
+        self.sampler = NegativeSampler(options.negatives, facts.item_counts[facts.catalogue], world.twin())
         log_q = self.sampler.log_q() if options.log_q else None
         self.register_buffer("log_q", log_q, persistent=False)
 
-    def loss(self, batch: JaggedBatch, epoch: int) -> tuple[Tensor, Tensor]:
-        sequences = sequence_of_token(batch.offsets, batch.tokens)
-        positions = torch.arange(batch.tokens, device=batch.offsets.device) - batch.offsets[sequences]
-        sequence_ids = batch.sequence_ids[sequences]
-        dropout_keys = random_key(self.seed, "dropout", epoch, sequence_ids, positions) if self.training else None
-        negative_keys = random_key(self.seed, "negatives", epoch, sequence_ids, positions)
-
-        positives = self.column_of_item[batch.next_ids]
-        negatives = self.sampler.draw(negative_keys, self.options.num_negatives, positives)
+    def prepare(self, batch: JaggedBatch, epoch: int) -> Prepared:
+        context = None
+        if self.context_world.size > 1:
+            context = context_shard(self.context_world, batch.offsets, batch.times)
+            batch = _part_of(batch, context)
+        keys = random_key(self.seed, "negatives", epoch, *_tokens(batch, context))
+        positives = self.catalogue.column(batch.next_ids)
+        negatives = self.sampler.draw(keys, self.options.num_negatives, positives)
         columns, positives, negatives = self._in_play(positives, negatives)
-        # one lookup for inputs and candidates: a row is updated once a step
-        vectors = self.encoder.items(torch.cat([batch.item_ids, self.catalogue[columns]]))
-        inputs, candidates = vectors.split([batch.tokens, columns.shape[0]])
-        hidden = self.encoder(batch.item_ids, batch.offsets, batch.times, batch.next_times, dropout_keys, inputs)
+        # one lookup for inputs and candidates: a row is updated once a step; being a candidate is not being seen
+        wanted = torch.cat([batch.item_ids, self.catalogue.items(columns)])
+        seen = torch.zeros_like(wanted)
+        seen[: batch.tokens] = 1
+        plan = self.tables.plan({"items": wanted}, {"items": seen})
+        draws = {"columns": columns, "positives": positives, "negatives": negatives}
+        return Prepared(batch, epoch, draws, plan, context)
+
+    def loss(self, prepared: Prepared) -> tuple[Tensor, Tensor]:
+        batch, draws = prepared.batch, prepared.draws
+        dropout_keys = None
+        if self.training:
+            dropout_keys = random_key(self.seed, "dropout", prepared.epoch, *_tokens(batch, prepared.context))
+        vectors = self.tables.lookup(prepared.plan)["items"]
+        inputs, candidates = vectors.split([batch.tokens, draws["columns"].shape[0]])
+        times = batch.times, batch.next_times
+        hidden = self.encoder(batch.item_ids, batch.offsets, *times, dropout_keys, inputs, prepared.context)
         queries, rows = unit(hidden.float()), unit(candidates.float())
-        log_q = None if self.log_q is None else self.log_q[columns]
+        log_q = None if self.log_q is None else self.log_q[draws["columns"]]
         if self.options.loss == "bce":
-            losses = self._bce(queries, rows, positives, negatives, log_q)
+            losses = self._bce(queries, rows, draws["positives"], draws["negatives"], log_q)
         else:
             losses = sampled_softmax_loss(
                 queries,
                 rows,
-                positives,
-                negatives,
+                draws["positives"],
+                draws["negatives"],
                 temperature=self.options.temperature,
                 log_q=log_q,
                 backend=self.backend,
@@ -96,12 +119,16 @@ class Retrieval(Task):
         return losses.sum(), losses.new_tensor(float(batch.tokens))
 
     def _in_play(self, positives: Tensor, negatives: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Columns whose vectors are needed, and positives and negatives as indices into them.
-
-        With as many draws as items nearly all are needed: then the whole catalogue is taken.
-        """
-        if negatives.numel() >= self.catalogue.shape[0]:
-            return torch.arange(self.catalogue.shape[0], device=positives.device), positives, negatives
+        """Columns whose vectors are needed, and positives and negatives as indices into them."""
+        size, optimizer = len(self.catalogue), self.encoder.items.optimizer
+        if negatives.numel() >= size:  # nearly all are needed
+            every = torch.arange(size, device=positives.device)
+            if not self.tables.needs_plan and (optimizer is None or optimizer.name != "rowwise_adam"):
+                return every, positives, negatives  # a row more changes nothing
+            drawn = torch.zeros(size, dtype=torch.bool, device=positives.device)
+            drawn[positives], drawn[negatives.flatten()] = True, True
+            place = torch.cumsum(drawn, 0) - 1
+            return every[drawn], place[positives], place[negatives]
         columns, index = torch.unique(torch.cat([positives.unsqueeze(1), negatives], 1), return_inverse=True)
         return columns, index[:, 0].contiguous(), index[:, 1:].contiguous()
 
@@ -114,17 +141,30 @@ class Retrieval(Task):
         of_negatives = (softplus(negative) * counted).sum(1) / counted.sum(1).clamp_min(1)
         return softplus(-positive) + of_negatives
 
+    def train(self, mode: bool = True) -> Retrieval:
+        self._candidates = None  # the catalogue's vectors hold until training goes on
+        return super().train(mode)
+
+    def _catalogue_vectors(self, device: torch.device) -> Tensor:
+        """`[C, D]` of length 1."""
+        if self._candidates is None or self.training:
+            rows = self.tables.read("items", self.catalogue.all_items(device))
+            self._candidates = unit(rows.float())
+        return self._candidates
+
     def _scores(self, batch: JaggedBatch) -> tuple[Tensor, Tensor]:
         """Cosine similarities `[B, C]` of the user vectors, and which (user, column) pairs are taken out."""
-        hidden = self.encoder(batch.item_ids, batch.offsets, batch.times, batch.next_times)
+        candidates = self._catalogue_vectors(batch.item_ids.device)
+        vectors = self.tables.read("items", batch.item_ids)
+        hidden = self.encoder(batch.item_ids, batch.offsets, batch.times, batch.next_times, None, vectors)
         users = hidden.new_zeros(batch.sequence_ids.shape[0], hidden.shape[1])
         some = offsets_to_lengths(batch.offsets) > 0
         users[some] = hidden[batch.offsets[1:][some] - 1]
         with torch.autocast(users.device.type, enabled=False):  # in bfloat16 near items would tie
-            scores = unit(users.float()) @ unit(self.encoder.items.weight[self.catalogue].float()).T
+            scores = unit(users.float()) @ candidates.T
         removed = torch.zeros_like(scores, dtype=torch.bool)
         if batch.removed is not None and batch.removed_offsets is not None:
-            columns = self.column_of_item[batch.removed]
+            columns = self.catalogue.column(batch.removed)
             rows = sequence_of_token(batch.removed_offsets, columns.shape[0])
             removed[rows[columns >= 0], columns[columns >= 0]] = True
         return scores, removed
@@ -132,20 +172,36 @@ class Retrieval(Task):
     def ranks(self, batch: JaggedBatch) -> Tensor:
         """Rank, from 1, of each held-out item, `[B]`; it stays in the ranking even where the history contains it."""
         scores, removed = self._scores(batch)
-        targets = self.column_of_item[batch.next_ids[batch.offsets[1:] - 1]]
+        targets = self.catalogue.column(batch.next_ids[batch.offsets[1:] - 1])
         return ranks_of(scores.masked_fill_(removed.scatter_(1, targets.unsqueeze(1), False), float("-inf")), targets)
 
-    def evaluate(self, batches: Iterable[JaggedBatch], metrics: list[str]) -> dict[str, float]:
-        ranks = [self.ranks(batch).cpu() for batch in batches]  # metrics are float64, which not every card has
-        return compute_metrics(torch.cat(ranks) if ranks else torch.zeros(0, dtype=torch.int64), metrics)
+    def observe(self, batch: JaggedBatch) -> Tensor:
+        return self.ranks(batch)
+
+    def metrics(self, observed: Tensor, names: list[str]) -> dict[str, float]:
+        return compute_metrics(observed, names)
 
     def top_k(self, batch: JaggedBatch, k: int) -> tuple[Tensor, Tensor]:
         scores, removed = self._scores(batch)
         best = scores.masked_fill_(removed, float("-inf")).topk(min(k, scores.shape[1]), dim=1)
-        ids = torch.where(best.values.isfinite(), self.catalogue[best.indices], 0)
+        ids = torch.where(best.values.isfinite(), self.catalogue.items(best.indices), 0)
         beyond = (0, k - ids.shape[1])
         return pad(ids, beyond), pad(best.values, beyond, value=float("-inf"))
 
     def flops(self, lengths: Tensor) -> float:
-        loss = 2.0 * self.encoder.items.weight.shape[1] * (self.options.num_negatives + 1)
+        loss = 2.0 * self.encoder.items.spec.dim * (self.options.num_negatives + 1)
         return self.encoder.backbone.flops(lengths) + loss * float(lengths.sum())
+
+
+def _tokens(batch: JaggedBatch, context: ContextShard | None) -> tuple[Tensor, Tensor]:
+    """Sequence id and position of every token, `[T]` each: what random draws are keyed by."""
+    sequences = sequence_of_token(batch.offsets, batch.tokens)
+    positions = position_of_token(batch.offsets, batch.tokens) if context is None else context.positions
+    return batch.sequence_ids[sequences], positions
+
+
+def _part_of(batch: JaggedBatch, context: ContextShard) -> JaggedBatch:
+    """The tokens of a batch that are on this rank."""
+    names = ("item_ids", "next_ids", "times", "next_times")
+    given = {name: value for name in names if (value := getattr(batch, name)) is not None}
+    return replace(batch, offsets=context.offsets, **{name: context.local(value) for name, value in given.items()})

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from npu_rec.config import Config
 from npu_rec.data.batch import JaggedBatch
+from npu_rec.distributed import World
+from npu_rec.distributed.context import ContextShard
+from npu_rec.distributed.world import ALONE
+from npu_rec.embedding import EmbeddingCollection, Plan
 from npu_rec.errors import ConfigError
 from npu_rec.registry import lookup, options_of
 
@@ -33,20 +37,69 @@ class DataFacts:
     has_times: bool
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A training batch with everything that can be known before its step.
+
+    Attributes:
+        epoch: keys the random draws.
+        draws: what the task drew, on the device of the batch.
+        plan: which rows of the tables the step reads.
+        context: with context parallel, what the tokens here are of their sequences; the batch holds those alone.
+    """
+
+    batch: JaggedBatch
+    epoch: int
+    draws: Mapping[str, Tensor] = field(default_factory=dict)
+    plan: Plan = field(default_factory=dict)
+    context: ContextShard | None = None
+
+    def to(self, device: torch.device) -> Prepared:
+        """The same on a device."""
+        return replace(
+            self,
+            batch=self.batch.to(device),
+            draws={name: draw.to(device, non_blocking=True) for name, draw in self.draws.items()},
+            plan={name: plan.to(device) for name, plan in self.plan.items()},
+            context=None if self.context is None else self.context.to(device),
+        )
+
+
 class Task(nn.Module, ABC):
-    """A trainable task. Register one with `@register("task", name, options=Schema)`."""
+    """A trainable task. Register one with `@register("task", name, options=Schema)`.
+
+    Attributes:
+        world: the ranks that train together.
+        takes_context: `prepare` and `loss` share sequences among ranks as `parallel.context` says.
+        tables: its embedding tables, which `build_tables` gave this rank's part of.
+    """
+
+    tables: EmbeddingCollection
+    takes_context: ClassVar[bool] = False
 
     @abstractmethod
-    def __init__(self, config: Config, options: Any, facts: DataFacts) -> None:
+    def __init__(self, config: Config, options: Any, facts: DataFacts, world: World = ALONE) -> None:
         super().__init__()
+        self.world = world
 
     @abstractmethod
-    def loss(self, batch: JaggedBatch, epoch: int) -> tuple[Tensor, Tensor]:
-        """(sum of the weighted losses, sum of the weights), both scalars. `epoch` keys the random draws."""
+    def prepare(self, batch: JaggedBatch, epoch: int) -> Prepared:
+        """Draw what is random and plan the lookups; nothing here depends on a parameter.
+
+        It may run on the host while the device trains on the batch before.
+        """
 
     @abstractmethod
-    def evaluate(self, batches: Iterable[JaggedBatch], metrics: list[str]) -> dict[str, float]:
-        """Metrics over the held-out event of every sequence of the batches."""
+    def loss(self, prepared: Prepared) -> tuple[Tensor, Tensor]:
+        """(sum of the weighted losses, sum of the weights) over this rank's batch, both scalars."""
+
+    @abstractmethod
+    def observe(self, batch: JaggedBatch) -> Tensor:
+        """What metrics are made of, `[B, ...]`, for the held-out event of every sequence."""
+
+    @abstractmethod
+    def metrics(self, observed: Tensor, names: list[str]) -> dict[str, float]:
+        """Metrics of `observe` over all sequences of a split."""
 
     def ranks(self, batch: JaggedBatch) -> Tensor:
         """Rank, from 1, of the held-out item of each sequence, `[B]` int64."""
@@ -61,11 +114,14 @@ class Task(nn.Module, ABC):
         """Floating-point operations of one forward pass with loss over sequences of `lengths [B]`."""
 
 
-def build_task(config: Config, facts: DataFacts) -> Task:
-    """The task a resolved configuration names, initialised from `train.seed`."""
+def build_task(config: Config, facts: DataFacts, world: World = ALONE) -> Task:
+    """The task a resolved configuration names, initialised from `train.seed`; in a world, this rank's part of it."""
+    target = lookup("task", config.task.name).target
+    if world.size > 1 and config.parallel.context > 1 and not target.takes_context:
+        raise ConfigError(f"parallel.context: task.name {config.task.name} cannot share sequences among ranks")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
-        task = lookup("task", config.task.name).target(config, options_of(config, "task"), facts)
+        task = target(config, options_of(config, "task"), facts, world)
     assert isinstance(task, Task)
     for module in task.modules():
         if hasattr(module, "recompute"):

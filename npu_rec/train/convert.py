@@ -10,12 +10,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from npu_rec.config import Config
+from npu_rec.distributed.world import ALONE
 from npu_rec.errors import CheckpointError
 from npu_rec.models.meta_weights import load_meta_state_dict, to_meta_state_dict
 from npu_rec.tasks import Retrieval, Task, build_task
 from npu_rec.train import checkpoint as ckpt
 from npu_rec.train.setup import open_data
-from npu_rec.train.weights import read_weights
+from npu_rec.train.state import load_weights, weight_parts
+from npu_rec.train.weights import open_weights
 
 _META = (".pt", ".pth", ".ckpt", "")
 
@@ -44,22 +46,18 @@ def convert(source: Path, target: Path, config: Config) -> Path:
     else:
         if source.is_dir():
             ckpt.open_checkpoint(source).check_items(data.path / "items.arrow")
-        ckpt.load_weights(task, read_weights(source), str(source))
+        load_weights(task, open_weights(source, ALONE), str(source))
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.suffix == ".safetensors":
         save_file({name: value.contiguous() for name, value in task.state_dict().items()}, target)
     elif target.suffix in _META and target.suffix:
         torch.save(to_meta_state_dict(_encoder(task, target)), target)
     else:
-        ckpt.save(
+        tensors = {f"model.{name}": part for name, part in weight_parts(task).items()}
+        items = data.path / "items.arrow"
+        ckpt.save_snapshot(
             target,
-            config=config,
-            model=task,
-            optimizer=None,
-            facts=data.facts,
-            items=data.path / "items.arrow",
-            state={"step": 0},
-            random_states={},
+            ckpt.checkpoint_snapshot(tensors=tensors, config=config, facts=data.facts, items=items, state={"step": 0}),
         )
     return target
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -11,39 +11,52 @@ from typing import TypeVar
 import numpy as np
 import polars as pl
 import torch
+from torch import Tensor
 
 from npu_rec.config import Config
 from npu_rec.data.batch import JaggedBatch
 from npu_rec.data.splits import Split
 from npu_rec.device import Device
+from npu_rec.distributed import open_world
 from npu_rec.errors import ConfigError
 from npu_rec.tasks import Task, build_task
-from npu_rec.train.checkpoint import load_weights, open_checkpoint
+from npu_rec.train.checkpoint import open_checkpoint
 from npu_rec.train.setup import open_data, open_device
+from npu_rec.train.state import load_weights
 
 Result = TypeVar("Result")
 
 
 def evaluate_split(task: Task, split: Split, config: Config, device: Device) -> dict[str, float]:
-    """The metrics of `eval.metrics` on a split; the task is left in the mode it was in."""
-    return _in_evaluation(
-        task, config, device, lambda: task.evaluate(_batches(split, config, device), config.eval.metrics)
-    )
+    """The metrics of `eval.metrics` on a split, over all ranks; the task is left in the mode it was in."""
+    observed = _in_evaluation(task, config, device, lambda: _all_sequences(task, split, config, device, task.observe))
+    return task.metrics(observed, config.eval.metrics)
 
 
 def ranks_of_split(task: Task, split: Split, config: Config, device: Device) -> pl.DataFrame:
     """A row for each held-out event: `split`, `user` (raw id, text), `rank` from 1."""
-    ranks = _in_evaluation(
-        task, config, device, lambda: [task.ranks(batch).cpu() for batch in _batches(split, config, device)]
-    )
+    ranks = _in_evaluation(task, config, device, lambda: _all_sequences(task, split, config, device, task.ranks))
     users = [str(user) for user in split.store.users(split.sequences)]
-    return pl.DataFrame({"split": [split.name] * len(users), "user": users, "rank": torch.cat(ranks).numpy()})
+    return pl.DataFrame({"split": [split.name] * len(users), "user": users, "rank": ranks.numpy()})
 
 
-def _batches(split: Split, config: Config, device: Device) -> Iterator[JaggedBatch]:
-    for start in range(0, len(split), config.eval.batch_size):
-        rows = np.arange(start, min(start + config.eval.batch_size, len(split)))
-        yield split.batch(rows, config.eval.remove).to(device.torch_device)
+def _all_sequences(
+    task: Task, split: Split, config: Config, device: Device, observe: Callable[[JaggedBatch], Tensor]
+) -> Tensor:
+    """`observe` of every sequence of a split, in its order, on the host; each rank works on its part."""
+    world, size = task.world, config.eval.batch_size
+    own = np.arange(world.rank, len(split), world.size)
+    batches = -(-len(split) // (size * world.size))  # the same on all ranks: lookups are collective
+    parts = []
+    for batch in range(batches):
+        rows = own[batch * size : (batch + 1) * size]
+        # on the host first: metrics are float64, which not every card has
+        parts.append(observe(split.batch(rows, config.eval.remove).to(device.torch_device)).cpu())
+    everything = world.all_gather_rows(torch.cat(parts), "metrics of every sequence")
+    order = torch.cat([torch.arange(rank, len(split), world.size) for rank in range(world.size)])
+    observed = torch.empty_like(torch.cat(everything))
+    observed[order] = torch.cat(everything)
+    return observed
 
 
 @torch.no_grad()
@@ -59,15 +72,18 @@ def _in_evaluation(task: Task, config: Config, device: Device, compute: Callable
 
 @dataclass(frozen=True)
 class EvaluateResult:
-    """What `npu-rec evaluate` prints."""
+    """What `npu-rec evaluate` prints, on the first rank."""
 
     checkpoint: Path
     metrics: dict[str, dict[str, float]]
     seconds: float
+    is_first: bool = True
 
 
 def evaluate(config: Config, checkpoint_path: Path, *, ranks: Path | None = None) -> EvaluateResult:
     """Evaluate the weights of a checkpoint on every held-out split of the configured data.
+
+    Under torchrun the processes share the sequences, and the tables as `embedding:` says.
 
     Args:
         ranks: a CSV file to write with the rank of every held-out item (`ranks_of_split`).
@@ -77,20 +93,26 @@ def evaluate(config: Config, checkpoint_path: Path, *, ranks: Path | None = None
     """
     if ranks is not None and not ranks.absolute().parent.is_dir():
         raise ConfigError(f"--ranks {ranks}: there is no folder {ranks.absolute().parent}")
-    checkpoint = open_checkpoint(checkpoint_path)
     device = open_device(config)
-    data = open_data(config)
-    checkpoint.check_items(data.path / "items.arrow")
-    task = build_task(config, data.facts)
-    load_weights(task, checkpoint.tensors("model"), str(checkpoint_path))
-    task.to(device.torch_device)
-    start = perf_counter()
-    held_out = {name: split for name, split in data.splits.items() if name != "train"}
-    metrics = {name: evaluate_split(task, split, config, device) for name, split in held_out.items()}
-    if ranks is not None:
-        tables = [ranks_of_split(task, split, config, device) for split in held_out.values()]
-        try:
-            pl.concat(tables).write_csv(ranks)
-        except OSError as error:
-            raise ConfigError(f"--ranks {ranks}: cannot be written: {error}") from None
-    return EvaluateResult(checkpoint_path, metrics, perf_counter() - start)
+    with open_world(device, timeout=config.parallel.timeout) as world:
+        checkpoint = open_checkpoint(checkpoint_path, world)
+        data = open_data(config)
+        checkpoint.check_items(data.path / "items.arrow")
+        task = build_task(config, data.facts, world)
+        task.to(device.torch_device)
+        load_weights(task, checkpoint, str(checkpoint_path))
+        start = perf_counter()
+        held_out = {name: split for name, split in data.splits.items() if name != "train"}
+        metrics = {name: evaluate_split(task, split, config, device) for name, split in held_out.items()}
+        if ranks is not None:
+            tables = [ranks_of_split(task, split, config, device) for split in held_out.values()]
+            if world.is_first:
+                _write(pl.concat(tables), ranks)
+        return EvaluateResult(checkpoint_path, metrics, perf_counter() - start, world.is_first)
+
+
+def _write(table: pl.DataFrame, path: Path) -> None:
+    try:
+        table.write_csv(path)
+    except OSError as error:
+        raise ConfigError(f"--ranks {path}: cannot be written: {error}") from None

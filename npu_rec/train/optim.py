@@ -3,42 +3,55 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from npu_rec.config import Config, TrainConfig
-from npu_rec.embedding import EmbeddingTable
+from npu_rec.embedding import StaticTable
 from npu_rec.ops import RowOptimizer
+from npu_rec.tasks import Task
 
 
-def attach_row_optimizers(model: nn.Module, config: Config) -> list[RowOptimizer]:
-    """Give every table the optimiser of `embedding.optimizer`; none when that is `dense`."""
+def attach_row_optimizers(task: Task, config: Config, folder: Path) -> list[RowOptimizer]:
+    """Give every table the optimiser of `embedding.optimizer` (none when that is `dense`) and its tier below.
+
+    Args:
+        folder: for the files of a disk tier, where `embedding.tier_path` names none.
+    """
     if config.embedding.optimizer == "dense":
         return []
-    tables = [module for module in model.modules() if isinstance(module, EmbeddingTable)]
-    for table in tables:
-        table.optimizer = RowOptimizer(
+    optimizers = []
+    for table in task.tables.tables.values():
+        optimizer = RowOptimizer(
             config.embedding.optimizer,
             lr=row_learning_rate(config, config.train.lr),
             betas=config.train.betas,
             eps=config.train.eps,
             max_norm=config.train.clip_norm if config.train.clip == "row" else None,
         )
-    return [table.optimizer for table in tables if table.optimizer is not None]
+        table.use(optimizer)
+        table.open_tier((config.embedding.tier_path or folder) / f"rank-{task.world.rank}")
+        optimizers.append(optimizer)
+    return optimizers
 
 
 def table_weights(model: nn.Module) -> set[nn.Parameter]:
-    """The weights of all tables."""
-    return {module.weight for module in model.modules() if isinstance(module, EmbeddingTable)}
+    """The weights of all tables that are parameters."""
+    return {module.weight for module in model.modules() if isinstance(module, StaticTable)}
 
 
 def build_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
     """AdamW over all parameters but the tables that update themselves."""
-    own = {m.weight for m in model.modules() if isinstance(m, EmbeddingTable) and m.optimizer is not None}
+    own = {m.weight for m in model.modules() if isinstance(m, StaticTable) and m.optimizer is not None}
     parameters = [p for p in model.parameters() if p not in own]
+    sharded = [p for p in parameters if isinstance(p, DTensor)]  # foreach functions do not mix them with others
+    whole = [p for p in parameters if not isinstance(p, DTensor)]
+    groups = [{"params": group} for group in (whole, sharded) if group]
     return torch.optim.AdamW(
-        parameters, lr=train.lr, betas=train.betas, eps=train.eps, weight_decay=train.weight_decay, foreach=True
+        groups, lr=train.lr, betas=train.betas, eps=train.eps, weight_decay=train.weight_decay, foreach=True
     )
 
 

@@ -14,12 +14,12 @@ SECONDS_BETWEEN_LINES = 15.0
 class TrainProgress:
     """Shows the optimiser steps of a run."""
 
-    def __init__(self, total_steps: int, start_step: int) -> None:
-        self.console = Console(stderr=True)
+    def __init__(self, total_steps: int, start_step: int, *, quiet: bool = False) -> None:
+        self.console = Console(stderr=True, quiet=quiet)
         self.total = total_steps
         self._last_line = time.monotonic()
         self._bar: Progress | None = None
-        if self.console.is_terminal:
+        if self.console.is_terminal and not quiet:
             self._bar = Progress(
                 TextColumn("[bold]{task.description}"),
                 BarColumn(),

@@ -5,22 +5,27 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch.utils.tensorboard import SummaryWriter
 
 from npu_rec.config import Config, dump_config
-from npu_rec.errors import ConfigError
+from npu_rec.distributed import World
+from npu_rec.distributed.world import ALONE
+from npu_rec.errors import ConfigError, UserError
+
+T = TypeVar("T")
 
 
 class RunDirectory:
     """`runs/<name>/`."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, world: World = ALONE) -> None:
+        """Only the first rank of `world` writes here, but for its parts of checkpoints and tables."""
+        self.path, self.world = path, world
         self.checkpoints = path / "checkpoints"
         self.metrics_path = path / "metrics.jsonl"
         self.report_path = path / "report.html"
@@ -32,13 +37,33 @@ class RunDirectory:
         measured = self.metrics_path.is_file() and self.metrics_path.stat().st_size > 0
         return measured or any(self.checkpoints.glob("step-*"))
 
+    def first_decides(self, decide: Callable[[], T], what: str) -> T:
+        """What `decide` returns on the first rank, on all; what it raises there is raised on all."""
+        result: T | None = None
+        error: UserError | None = None
+        if self.world.is_first:
+            try:
+                result = decide()
+            except UserError as raised:
+                error = raised
+        result, error = self.world.broadcast((result, error), what)
+        if error is not None:
+            raise error
+        return result  # type: ignore[return-value]
+
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep other processes out of this folder; the system releases the lock however this one ends.
+        """Keep other runs out of this folder; the system releases the lock however this one ends.
 
         Raises:
             ConfigError: another process is training here.
         """
+        with ExitStack() as stack:
+            self.first_decides(lambda: stack.enter_context(self._locked()), "run directory locked")
+            yield
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             file = (self.path / ".lock").open("w")
@@ -53,6 +78,9 @@ class RunDirectory:
 
     def start(self, config: Config, environment: dict[str, Any], *, metrics_bytes: int, step: int) -> None:
         """Create or take up the folder; metrics past `metrics_bytes` belong to steps that are run again."""
+        self.first_decides(lambda: self._start(config, environment, metrics_bytes, step), "run directory started")
+
+    def _start(self, config: Config, environment: dict[str, Any], metrics_bytes: int, step: int) -> None:
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             (self.path / "config.yaml").write_text(dump_config(config))
@@ -65,6 +93,8 @@ class RunDirectory:
 
     def log(self, split: str, step: int, epoch: int, values: dict[str, float]) -> None:
         """One line of metrics.jsonl, and TensorBoard."""
+        if not self.world.is_first:
+            return
         line = {"step": step, "epoch": epoch, "split": split, **values}
         with self.metrics_path.open("a") as file:
             file.write(json.dumps(line) + "\n")
@@ -75,7 +105,7 @@ class RunDirectory:
     @property
     def metrics_bytes(self) -> int:
         """Size of metrics.jsonl; saved with a checkpoint."""
-        return self.metrics_path.stat().st_size
+        return self.metrics_path.stat().st_size if self.world.is_first else 0
 
     def metrics(self) -> list[dict[str, Any]]:
         """All lines of metrics.jsonl."""

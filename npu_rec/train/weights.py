@@ -8,18 +8,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from npu_rec.distributed import World
 from npu_rec.errors import CheckpointError
-from npu_rec.train.checkpoint import MANIFEST, open_checkpoint
+from npu_rec.train.checkpoint import MANIFEST, Checkpoint, open_checkpoint
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The model's weights by name, in host memory.
+def open_weights(path: Path, world: World) -> Checkpoint | dict[str, Tensor]:
+    """A checkpoint, or the weights of a file by name, in host memory.
 
     Raises:
         CheckpointError: neither a checkpoint folder nor a readable .safetensors file.
     """
     if path.is_dir():
-        return open_checkpoint(path).tensors("model")
+        return open_checkpoint(path, world)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint or file")
     if path.suffix != ".safetensors":

@@ -1,0 +1,288 @@
+"""A table whose rows are in slots: dynamic tables, and tables with more rows than the device's memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from npu_rec.embedding.placement import BlockPlacement, HashPlacement, Placement
+from npu_rec.embedding.slots import SlotMap, SlotPolicy
+from npu_rec.embedding.store import DiskStore, HostStore, RowStore
+from npu_rec.embedding.table import EmbeddingTable, TableSpec
+from npu_rec.embedding.tier import Tier
+from npu_rec.ops import RowOptimizer, embedding_lookup
+
+_ROWS_AT_ONCE = 1 << 16
+_RECORDS = 1 << 28  # that the file of a dynamic table has places for, on each rank
+
+
+@dataclass(frozen=True)
+class SlotChanges:
+    """What happens before a step reads its slots; tensors of the host.
+
+    Attributes:
+        slots: how many there must be.
+        leaving_ids, leaving_slots: `[E]`, rows that move to the tier below.
+        coming_ids, coming_slots: `[C]`, rows that come back from it.
+        fresh_slots, fresh_rows: `[N]`, `[N, D]`, rows that start.
+        refused: `[R]` bool, those asked for without a row, or None for nobody.
+        refused_rows: `[K, D]`, what they are answered with.
+    """
+
+    slots: int
+    leaving_ids: Tensor
+    leaving_slots: Tensor
+    coming_ids: Tensor
+    coming_slots: Tensor
+    fresh_slots: Tensor
+    fresh_rows: Tensor
+    refused: Tensor | None
+    refused_rows: Tensor
+
+
+class SlotTable(EmbeddingTable):
+    """Rows by id, made when an id first occurs.
+
+    Without a tier below, a row that is evicted is forgotten, and starts anew should its id come back. With one (host
+    memory or disk), the slots are a cache of hot rows: rows move down and up with their optimiser state.
+
+    Attributes:
+        below: what kind of memory the tier is in; `open_tier` makes it.
+        weight: `[slots, D]` on the device; grows by doubling, up to the limit of the policy.
+        hits, misses: with a tier, distinct ids of the steps that were in slots, and that came into one.
+    """
+
+    needs_plan = True
+    weight: Tensor
+
+    def __init__(
+        self,
+        spec: TableSpec,
+        placement: Placement,
+        rank: int = 0,
+        backend: str = "auto",
+        *,
+        policy: SlotPolicy | None = None,
+        below: Literal["host", "disk"] | None = None,
+    ) -> None:
+        super().__init__(spec, placement, rank, backend)
+        self.policy, self.below = policy or SlotPolicy(), below
+        self.map = SlotMap(self.policy, spec.name, spec.seed)
+        self.tier: Tier | None = None
+        self.register_buffer("weight", torch.zeros(0, spec.dim), persistent=False)
+        self.hits = self.misses = 0
+        self._planned = False  # slots are given out, rows not yet in them
+
+    def use(self, optimizer: RowOptimizer) -> None:
+        self.optimizer = optimizer
+        optimizer.prepare(self.weight)
+
+    def open_tier(self, folder: Path) -> None:
+        """Make the tier below, empty, for rows with the state of the optimiser there is; `folder` is for its files."""
+        if self.below is None:
+            return
+        self._folder = folder
+        width = sum(self._widths())
+        first = 0
+        records = _RECORDS
+        if isinstance(self.placement, BlockPlacement):
+            block = self.placement.block(self.rank)
+            first, records = block.first_row, block.rows
+        self.close()
+        store: RowStore = HostStore(width)
+        if self.below == "disk":
+            folder.mkdir(parents=True, exist_ok=True)
+            store = DiskStore(folder / f"{self.spec.name}-{self.rank}.rows", width, records, create=True)
+        self.tier = Tier(store, first if isinstance(self.placement, BlockPlacement) else None)
+
+    def close(self) -> None:
+        """Let go of the tier's files."""
+        if self.tier is not None:
+            self.tier.store.close()
+
+    def plan(self, ids: Tensor, counts: Tensor, step: int) -> tuple[Tensor, SlotChanges]:
+        self._check_settled("planned again")
+        found = self.map.assign(ids, counts, step, None if self.tier is None else self.tier.holds)
+        below = torch.zeros_like(found.entered_ids, dtype=torch.bool)
+        if self.tier is not None:
+            below = self.tier.holds(found.entered_ids)
+            self.misses += found.entered_ids.shape[0]
+            self.hits += torch.unique(found.slots[found.slots >= 0]).shape[0] - found.entered_ids.shape[0]
+        refused = found.slots < 0
+        anybody = bool(refused.any())
+        changes = SlotChanges(
+            slots=self.map.seen.map.slot_limit,
+            leaving_ids=found.evicted_ids,
+            leaving_slots=found.evicted_slots,
+            coming_ids=found.entered_ids[below],
+            coming_slots=found.entered_slots[below],
+            fresh_slots=found.entered_slots[~below],
+            fresh_rows=self.spec.initial_rows(found.entered_ids[~below]),
+            refused=refused if anybody else None,
+            refused_rows=self.spec.initial_rows(ids[refused]),
+        )
+        self._planned = True
+        return found.slots, changes
+
+    def rows(self, slots: Tensor, changes: SlotChanges) -> Tensor:
+        self._change(changes)
+        weight = self.weight.detach().requires_grad_()
+        if changes.refused is None:
+            return embedding_lookup(weight, slots, optimizer=self.optimizer, backend=self.backend)
+        places = (
+            torch.cat([torch.nonzero(~changes.refused), torch.nonzero(changes.refused)]).squeeze(1).to(slots.device)
+        )
+        has_row = places[: slots.shape[0] - changes.refused_rows.shape[0]]
+        rows = embedding_lookup(weight, slots[has_row], optimizer=self.optimizer, backend=self.backend)
+        together = torch.cat([rows, changes.refused_rows.to(rows)])
+        return together[torch.argsort(places)]
+
+    def _check_settled(self, what: str) -> None:
+        if self._planned:
+            raise RuntimeError(f"table {self.spec.name} is {what} before the rows of its last plan were looked up")
+
+    @torch.no_grad()
+    def _change(self, changes: SlotChanges) -> None:
+        self._planned = False
+        self._grow(changes.slots)
+        if self.tier is not None:
+            self.tier.put(changes.leaving_ids, self._records(changes.leaving_slots))
+        self._place(changes.fresh_slots, self._fresh_records(changes.fresh_rows))
+        if self.tier is not None:
+            self._place(changes.coming_slots, self.tier.get(changes.coming_ids))
+
+    def _grow(self, slots: int) -> None:
+        had = self.weight.shape[0]
+        if slots <= had:
+            return
+        doubled = 2 * had if self.policy.limit is None else min(2 * had, self.policy.limit)
+        slots = max(slots, doubled)
+        self.weight = _longer(self.weight, slots)
+        for name, values in self._state().items():
+            setattr(self.optimizer, name, _longer(values, slots))
+
+    def _state(self) -> dict[str, Tensor]:
+        """What the optimiser keeps of each row."""
+        optimizer = self.optimizer
+        state = {} if optimizer is None else {"square": optimizer.square, "momentum": optimizer.momentum}
+        return {name: values for name, values in state.items() if values is not None}
+
+    def _columns(self) -> list[Tensor]:
+        """All that makes up a row, `[slots, ...]`, as matrices."""
+        return [self.weight, *(_matrix(x) for x in self._state().values())]
+
+    def _widths(self) -> list[int]:
+        return [column.shape[1] for column in self._columns()]
+
+    def _records(self, slots: Tensor) -> Tensor:
+        """`[n, width]` on the host: rows with their optimiser state."""
+        return torch.cat([column[slots.to(column.device)].cpu() for column in self._columns()], 1)
+
+    def _fresh_records(self, rows: Tensor) -> Tensor:
+        width = sum(self._widths())
+        return torch.cat([rows, rows.new_zeros(rows.shape[0], width - rows.shape[1])], 1)
+
+    def _place(self, slots: Tensor, records: Tensor) -> None:
+        if slots.shape[0] == 0:
+            return
+        columns = self._columns()
+        for column, values in zip(columns, records.split(self._widths(), 1), strict=True):
+            column[slots.to(column.device)] = values.to(column)
+
+    @torch.no_grad()
+    def read(self, ids: Tensor) -> Tensor:
+        self._check_settled("read")
+        rows = self.spec.initial_rows(ids)
+        slots = self.map.seen.map.find(ids)
+        if self.tier is not None:
+            below = (slots < 0) & self.tier.holds(ids)
+            rows[below] = self.tier.get(ids[below])[:, : self.spec.dim]
+        rows = rows.to(self.weight)
+        here = slots >= 0
+        if bool(here.any()):
+            rows[here.to(rows.device)] = self.weight[slots[here].to(rows.device)]
+        return rows
+
+    def counters(self) -> dict[str, float]:
+        """Rows, those that wait for admission, and totals since the start of the process."""
+        seen = self.map.seen.map
+        values = {
+            "rows": len(seen),
+            "load_factor": seen.load_factor,
+            "waiting": len(self.map.waiting.map),
+            "evicted": self.map.evicted,
+            "expired": self.map.expired,
+            "refused": self.map.refused,
+        }
+        if self.tier is not None:
+            store = self.tier.store
+            values |= {"hits": self.hits, "misses": self.misses}
+            values |= {"bytes_read": store.bytes_read, "bytes_written": store.bytes_written}
+        return {name: float(value) for name, value in values.items()}
+
+    def owns(self, ids: Tensor) -> Tensor:
+        """Which of `ids [n]` have their row on this rank, `[n]` bool."""
+        if isinstance(self.placement, HashPlacement):
+            return self.placement.owner_of(ids) == self.rank
+        assert isinstance(self.placement, BlockPlacement)
+        block = self.placement.block(self.rank)
+        return (ids >= block.first_row) & (ids < block.last_row)
+
+    def export(self) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """All rows, in pieces: ids `[n]` and, on the host, what belongs to each.
+
+        That is `weight [n, D]`, the optimiser's `square [n]` and `momentum [n, D]`, `last_step [n]` and `count [n]`.
+        """
+        seen = self.map.seen
+        ids, slots = seen.map.items()
+        for some, where in zip(ids.split(_ROWS_AT_ONCE), slots.split(_ROWS_AT_ONCE), strict=True):
+            yield some, self._named(self._records(where), seen.last_step[where], seen.count[where])
+        if self.tier is not None:
+            for some, records in self.tier.items(_ROWS_AT_ONCE):
+                below = seen.map.find(some) < 0  # what it has of the others is out of date
+                unknown = torch.zeros_like(some[below])
+                yield some[below], self._named(records[below], unknown, unknown.clone())
+
+    def _named(self, records: Tensor, last_step: Tensor, count: Tensor) -> dict[str, Tensor]:
+        parts = dict(zip(("weight", *self._state()), records.split(self._widths(), 1), strict=True))
+        if "square" in parts:
+            parts["square"] = parts["square"].squeeze(1)
+        return {**{name: part.contiguous() for name, part in parts.items()}, "last_step": last_step, "count": count}
+
+    @torch.no_grad()
+    def load(self, pieces: Iterable[tuple[Tensor, Mapping[str, Tensor]]]) -> None:
+        """Take the rows of `export`, of any ranks, that this rank holds, in place of all there are.
+
+        Without a tier that is open they may be more than the limit of the policy, which holds from the next step on.
+        """
+        self.map.clear()
+        if self.tier is not None:
+            self.open_tier(self._folder)
+        seen = self.map.seen
+        for ids, columns in pieces:
+            mine = self.owns(ids)
+            ids = ids[mine]
+            records = self._fresh_records(columns["weight"][mine])
+            for name, part in self._named(records, ids, ids).items():
+                if name in self._state() and name in columns:
+            if self.tier is not None and len(seen.map) + len(ids) > (self.policy.limit or 0):
+                self.tier.put(ids, records)
+                continue
+            slots = seen.insert(ids, columns["last_step"][mine], columns["count"][mine])
+            self._grow(seen.map.slot_limit)
+            self._place(slots, records)
+
+
+def _matrix(x: Tensor) -> Tensor:
+    return x if x.dim() == 2 else x.unsqueeze(1)
+
+
+def _longer(x: Tensor, rows: int) -> Tensor:
+    longer = x.new_zeros((rows, *x.shape[1:]))
+    longer[: x.shape[0]] = x
+    return longer

@@ -1,0 +1,556 @@
+"""Checkpoints that several ranks write and that any number of ranks read."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.distributed.tensor import Shard as ShardOf
+
+from npu_rec.distributed.world import World
+from npu_rec.errors import CheckpointError
+from npu_rec.train.checkpoint import (
+    AsyncSaver,
+    Keyed,
+    Shard,
+    Snapshot,
+    agreement,
+    apply_delta,
+    delta_snapshot,
+    disk,
+    keyed_files,
+    list_steps,
+    open_checkpoint,
+    open_delta,
+    remove_partial,
+    save_snapshot,
+    tensor_files,
+)
+from npu_rec.train.checkpoint.plan import Block, plan_files
+
+processes = multiprocessing.get_context("forkserver")  # PyTorch is imported once, not by every rank
+processes.set_forkserver_preload(["npu_rec.train.checkpoint"])
+
+
+def _rank(work: Callable[..., None], rank: int, size: int, meeting: Path, arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=size)
+    work(World(rank, size, dist.group.WORLD), *arguments)
+    dist.destroy_process_group()
+
+
+def on_ranks(size: int, meeting: Path, work: Callable[..., None], *arguments: Any, seconds: float = 60.0) -> list[int]:
+    """Run `work(world, *arguments)` on `size` ranks; their exit codes, or a failure when they take too long."""
+    ranks = [processes.Process(target=_rank, args=(work, rank, size, meeting, arguments)) for rank in range(size)]
+    for process in ranks:
+        process.start()
+    deadline = time.monotonic() + seconds
+    for process in ranks:
+        process.join(max(0.0, deadline - time.monotonic()))
+    late = [rank for rank, process in enumerate(ranks) if process.is_alive()]
+    for process in ranks:
+        process.kill()
+        process.join()
+    assert not late, f"ranks {late} did not end within {seconds} s"
+    return [process.exitcode or 0 for process in ranks]
+
+
+def documents(step: int) -> dict[str, str]:
+    state = {"format": 1, "step": step, "position": {"epoch": 1, "batch": 7}}
+    return {"state.json": json.dumps(state), "config.yaml": "name: x\n"}
+
+
+def whole_tensors() -> dict[str, Tensor]:
+    """What all ranks together have."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "model.items.weight": torch.randn(11, 3, generator=generator),  # 11 rows are never even
+        "model.columns.weight": torch.randn(4, 7, generator=generator),
+        "model.one.weight": torch.randn(1, 2, generator=generator),  # the second rank has no row
+        "model.nothing.weight": torch.empty(0, 3),
+        "model.twice": torch.randn(4, 2, generator=generator).bfloat16(),
+        "model.dense": torch.randn(5, 4, generator=generator),
+        "model.bias": torch.randn(6, generator=generator),
+        "optimizer.items.weight/square": torch.rand(11, generator=generator, dtype=torch.float64),
+        "optimizer.dense/step": torch.tensor(9.0),
+        "random.host": torch.arange(40, dtype=torch.uint8),
+    }
+
+
+def cut(size: int, rank: int, ranks: int) -> slice:
+    """The rank's part of `size` rows, the first ranks one more."""
+    return slice((size * rank + ranks - 1) // ranks, (size * (rank + 1) + ranks - 1) // ranks)
+
+
+def held(world: World, empty: bool = False) -> dict[str, Tensor | Shard]:
+    """What a rank has of `whole_tensors()`, or, `empty`, room for it."""
+    tensors = {name: torch.full_like(t, 3) if empty else t for name, t in whole_tensors().items()}
+
+    def shard(name: str, dim: int) -> Shard:
+        part = cut(tensors[name].shape[dim], world.rank, world.size)
+        local = tensors[name].narrow(dim, part.start, part.stop - part.start)
+        offsets = [0] * local.dim()
+        offsets[dim] = part.start
+        return Shard(local, tuple(offsets), tuple(tensors[name].shape))
+
+    mesh = init_device_mesh("cpu", (world.size,))
+    return {
+        **tensors,
+        **{name: shard(name, 0) for name in tensors if name.endswith((".weight", "/square"))},
+        "model.columns.weight": shard("model.columns.weight", 1),
+        "model.twice": Shard(tensors["model.twice"], (0, 0), (4, 2)),
+        "model.dense": distribute_tensor(tensors["model.dense"], mesh, [ShardOf(0)]),
+        "model.bias": distribute_tensor(tensors["model.bias"], mesh, [Replicate()]),
+    }
+
+
+def rows_of(keys: Tensor) -> Keyed:
+    """Rows that are a function of their keys; columns are parts of one record, as tiers have them."""
+    records = keys.double().unsqueeze(1).float() * torch.tensor([1.0, 2.0, 3.0, 0.5])
+    return Keyed(keys, {"weight": records[:, :3], "square": records[:, 3], "last_step": keys % 5})
+
+
+USERS = torch.tensor([-(2**63), -7, 0, 4, 5, 19, 2**40, 2**63 - 1])
+
+
+def keyed(world: World) -> dict[str, Any]:
+    """The second rank alone has users; the first streams its rows."""
+
+    def stream() -> Iterator[Keyed]:
+        for start in range(0, 30, 7):
+            yield rows_of(torch.arange(start, min(start + 7, 30)))
+
+    none = torch.empty(0, dtype=torch.int64)
+    return {
+        "model.users": rows_of(USERS if world.rank == 1 else none),
+        "model.single": rows_of(torch.tensor([world.rank])),
+        "model.streamed": stream() if world.rank == 0 else iter(()),
+        "model.unused": rows_of(none),
+    }
+
+
+def refused(world: World, save: Callable[[], None]) -> str:
+    """The message with which all ranks refuse to save."""
+    with pytest.raises(CheckpointError) as raised:
+        save()
+    (message,) = set(world.all_gather(str(raised.value), "messages"))
+    return message
+
+
+def nothing_is_left(world: World, folder: Path) -> None:
+    world.barrier("removed by the first rank")
+    assert not list(folder.glob(".*"))
+    world.barrier("before its next save")
+
+
+def write(world: World, folder: Path) -> None:
+    torch.manual_seed(0)
+    save_snapshot(folder / "step-10", Snapshot(held(world), keyed(world), documents(10)), world)
+    assert list_steps(folder) == [10]
+    while_training_goes_on(world, folder)
+    with_a_full_disk(world, folder)
+    with_blocks_that_do_not_fit(world, folder)
+    with_a_mistake_on_one_rank(world, folder)
+    with_a_slow_disk(world)
+    mine = torch.tensor([2, 5] if world.rank == 0 else [10])
+    rows = {
+        "model.items": Keyed(mine, {"weight": mine.unsqueeze(1).repeat(1, 3).float()}),
+        "model.users": rows_of(mine),
+    }
+    delta = delta_snapshot(tensors={"model.bias": torch.zeros(6)}, keyed=rows, mark_step=10, step=15)
+    save_snapshot(folder / "delta-15", delta, world)
+
+
+def while_training_goes_on(world: World, folder: Path) -> None:
+    gate, write_blocks = threading.Event(), tensor_files.write_blocks
+
+    def slow(*arguments: Any) -> str:
+        assert gate.wait(30)
+        return write_blocks(*arguments)
+
+    tensors, users = held(world), rows_of(USERS + 0 if world.rank == 1 else USERS[:0])
+    tensor_files.write_blocks = slow
+    saver = AsyncSaver(world)
+    saver.save(folder / "step-20", Snapshot(tensors, {"model.users": users}, documents(20)))
+    for value in tensors.values():
+        Shard.of(value).local.fill_(77)
+    users.columns["weight"].fill_(77)
+    users.keys.fill_(77)
+    for _ in range(5):
+        assert world.all_reduce(torch.ones(1), "training").item() == 2
+    assert list_steps(folder) == [10]
+    gate.set()
+    saver.wait()
+    tensor_files.write_blocks = write_blocks
+    assert list_steps(folder) == [10, 20]
+
+
+def with_a_full_disk(world: World, folder: Path) -> None:
+    big = torch.ones(64, 1024)
+    snapshot = Snapshot(
+        {"model.big": Shard(big, (64 * world.rank, 0), (128, 1024))},
+        {"model.keyed": Keyed(torch.arange(64), {"weight": big})},
+        documents(30),
+    )
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if world.rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # the disk takes no more bytes of a file
+    path, saver = folder / "step-30", AsyncSaver(world)
+    in_the_call = refused(world, lambda: save_snapshot(path, snapshot, world))
+    saver.save(path, snapshot)
+    assert refused(world, saver.wait) == in_the_call
+    saver.save(path, snapshot)
+    assert refused(world, lambda: saver.save(path, snapshot)) == in_the_call
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert in_the_call == (
+        f"{path}: cannot be written: [Errno 27] File too large; earlier checkpoints are untouched (on rank 1)"
+    )
+    nothing_is_left(world, folder)
+
+
+def with_blocks_that_do_not_fit(world: World, folder: Path) -> None:
+    path = folder / "step-30"
+    hole = Shard(torch.ones(2, 2), (3 * world.rank, 0), (5, 2))
+    assert "model.x: the blocks of all ranks have 8 elements, [5, 2] has 10" in refused(
+        world, lambda: save_snapshot(path, Snapshot({"model.x": hole}), world)
+    )
+    other = Shard(torch.ones(2, 2), (2 * world.rank, 0), (4 + world.rank, 2))
+    assert "model.x: ranks differ in its shape: [4, 2] and [5, 2]" in refused(
+        world, lambda: save_snapshot(path, Snapshot({"model.x": other}), world)
+    )
+    nothing_is_left(world, folder)
+
+
+def with_a_mistake_on_one_rank(world: World, folder: Path) -> None:
+    """The others are told; where it arose it keeps its traceback."""
+    wrong: Any = {"model.x": "no tensor"} if world.rank == 1 else {"model.x": torch.ones(1)}
+    with pytest.raises(AttributeError if world.rank == 1 else CheckpointError, match="'str' object has no attribute"):
+        save_snapshot(folder / "step-30", Snapshot(wrong), world)
+    names = {f"model.{world.rank}": rows_of(USERS)}
+    with pytest.raises(CheckpointError, match=r"rows by key of rank . are \['model\..'\], here"):
+        save_snapshot(folder / "step-30", Snapshot({}, names), world)
+    nothing_is_left(world, folder)
+
+
+def with_a_slow_disk(world: World) -> None:
+    """A rank that writes for long goes on meeting the others, so that nobody waits long in a collective."""
+    rounds: list[str] = []
+    enough = threading.Event()
+
+    class Counts:
+        timeout = 0.2
+
+        @contextmanager
+        def section(self, what: str, group: dist.ProcessGroup | None) -> Iterator[None]:
+            rounds.append(what)
+            yield
+            if len(rounds) >= 3:
+                enough.set()
+
+    def work() -> int:
+        return world.rank if world.rank == 0 else 10 * enough.wait(30)
+
+    assert agreement.together(replace(world, watchdog=Counts()), "slow", work) == [0, 10]  # type: ignore[arg-type]
+    assert len(rounds) >= 3
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two ranks wrote."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    assert on_ranks(2, folder.parent / "meeting", write, folder) == [0, 0]
+    return folder
+
+
+@pytest.mark.parametrize("step", [10, 20])
+def test_one_process_reads_what_two_ranks_wrote(folder: Path, step: int) -> None:
+    """Step 20 was saved in the background, and everything overwritten before a byte was on disk."""
+    checkpoint = open_checkpoint(folder / f"step-{step}")
+    assert checkpoint.state["position"] == {"epoch": 1, "batch": 7}
+    expected = whole_tensors()
+    assert checkpoint.names == sorted(expected)
+    for prefix in ("model", "optimizer", "random"):
+        for name, value in checkpoint.tensors(prefix).items():
+            torch.testing.assert_close(value, expected.pop(f"{prefix}.{name}"), rtol=0, atol=0)
+    assert not expected
+    assert_rows(list(checkpoint.keyed("model.users")), USERS)
+
+
+def test_every_block_is_written_once(folder: Path) -> None:
+    index = json.loads((folder / "step-10" / "model.safetensors.index.json").read_text())
+    first, second = (f"model-0000{number}-of-00002.safetensors" for number in (1, 2))
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in whole_tensors().values())
+    assert index["weight_map"]["model.items.weight"] == [first, second]
+    assert index["weight_map"]["random.host"] == first
+    assert isinstance(index["weight_map"]["model.twice"], str)
+
+
+def assert_rows(pieces: list[Keyed], keys: Tensor) -> None:
+    found = torch.cat([piece.keys for piece in pieces]) if pieces else torch.empty(0, dtype=torch.int64)
+    assert torch.equal(found.sort().values, keys.sort().values)
+    for piece in pieces:
+        for name, values in rows_of(piece.keys).columns.items():
+            assert torch.equal(piece.columns[name], values)
+
+
+def test_rows_by_key(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = open_checkpoint(folder / "step-10")
+    assert checkpoint.keyed_names == ["model.single", "model.streamed", "model.unused", "model.users"]
+    assert_rows(list(checkpoint.keyed("model.streamed")), torch.arange(30))
+    assert_rows(list(checkpoint.keyed("model.single")), torch.arange(2))
+    assert_rows(list(checkpoint.keyed("model.unused")), torch.empty(0, dtype=torch.int64))
+    assert (checkpoint.keyed_rows("model.streamed"), checkpoint.keyed_rows("model.unused")) == (30, 0)
+    with pytest.raises(CheckpointError, match=r"holds no rows by key of model\.none"):
+        checkpoint.keyed("model.none")
+
+
+def read(world: World, folder: Path) -> None:
+    checkpoint = open_checkpoint(folder / "step-10", world)
+    expected, room = held(world), held(world, empty=True)
+    checkpoint.fill(room)
+    for name, value in room.items():
+        if isinstance(value, DTensor):
+            assert torch.equal(value.full_tensor(), whole_tensors()[name])
+        assert torch.equal(Shard.of(value).local, Shard.of(expected[name]).local), name
+    mine = [piece.keys[piece.keys % world.size == world.rank] for piece in checkpoint.keyed("model.users")]
+    assert torch.equal(torch.cat(world.all_gather(torch.cat(mine), "keys")).sort().values, USERS)
+    message = refused(world, lambda: open_checkpoint(folder / "damaged", world) and None)
+    assert "model-00002-of-00002.safetensors: its SHA-256 is not that of the manifest" in message
+
+
+def test_four_ranks_read_what_two_ranks_wrote(folder: Path) -> None:
+    damaged = folder / "damaged"
+    damaged.mkdir()
+    for file in (p for p in (folder / "step-10").rglob("*") if p.is_file()):
+        copy = damaged / file.relative_to(folder / "step-10")
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_bytes(file.read_bytes())
+    shard = damaged / "model-00002-of-00002.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-3] ^= 1
+    shard.write_bytes(content)
+    assert on_ranks(4, folder.parent / "meeting-4", read, folder) == [0] * 4
+
+
+@pytest.mark.parametrize("name", ["model-00001-of-00002.safetensors", "keyed/00002-00001.safetensors"])
+def test_a_damaged_file_of_a_rank_is_named(folder: Path, name: str) -> None:
+    file = folder / "step-20" / name
+    content = file.read_bytes()
+    try:
+        file.write_bytes(content[:-1])
+        with pytest.raises(CheckpointError, match=f"{file}: .* truncated or altered"):
+            open_checkpoint(folder / "step-20")
+    finally:
+        file.write_bytes(content)
+    open_checkpoint(folder / "step-20")
+
+
+def test_blocks_and_what_cannot_be_read(folder: Path) -> None:
+    checkpoint = open_checkpoint(folder / "step-10")
+    table = whole_tensors()["model.items.weight"]
+    assert checkpoint.shape_of("model.items.weight") == (11, 3)
+    for first, last in ((0, 11), (4, 9), (5, 6), (6, 11), (3, 3)):
+        assert torch.equal(checkpoint.read("model.items.weight", (first, 1), (last - first, 2)), table[first:last, 1:])
+    with pytest.raises(CheckpointError, match=r"a block \[2, 3\] at \[10, 0\] does not lie in \[11, 3\]"):
+        checkpoint.read("model.items.weight", (10, 0), (2, 3))
+    with pytest.raises(CheckpointError, match=r"holds no tensor model\.none"):
+        checkpoint.shape_of("model.none")
+    with pytest.raises(CheckpointError, match=r"model\.bias is \[6\], \[7\] is wanted"):
+        checkpoint.fill({"model.bias": torch.empty(7)})
+
+
+def test_a_delta_brings_weights_up_to_date(folder: Path) -> None:
+    weights = open_checkpoint(folder / "step-10").tensors("model")
+    expected = {name: value.clone() for name, value in weights.items()}
+    for row in (2, 5, 10):
+        expected["items.weight"][row] = row
+    expected["bias"].zero_()
+    delta = open_delta(folder / "delta-15")
+    assert (delta.mark_step, delta.step) == (10, 15)
+    assert apply_delta(weights, 10, delta) == ["model.users"]
+    for name, value in weights.items():
+        assert torch.equal(value, expected[name])
+    assert_rows(list(delta.keyed("model.users")), torch.tensor([2, 5, 10]))
+    with pytest.raises(CheckpointError, match="leads from step 10 to 15, the weights are of step 9"):
+        apply_delta(weights, 9, delta)
+    with pytest.raises(CheckpointError, match="row 10 is beyond the 9 rows"):
+        apply_delta({**weights, "items.weight": weights["items.weight"][:9]}, 12, delta)
+    with pytest.raises(CheckpointError, match=r"does not fit the model: bias"):
+        apply_delta({**weights, "bias": torch.zeros(5)}, 12, delta)
+    with pytest.raises(CheckpointError, match="a delta of rows, not a checkpoint"):
+        open_checkpoint(folder / "delta-15")
+    with pytest.raises(CheckpointError, match="a checkpoint, not a delta"):
+        open_delta(folder / "step-10")
+
+
+def save_and_die(world: World, folder: Path, victim: int, where: str) -> None:
+    real = getattr(disk, where)
+
+    def dies(*arguments: Any) -> Any:
+        if world.rank == victim:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*arguments)
+
+    save_snapshot(folder / "step-10", Snapshot({"model.x": torch.ones(3)}, {}, documents(10)), world)
+    setattr(disk, where, dies)
+    save_snapshot(folder / "step-20", Snapshot({"model.x": torch.zeros(3)}, {}, documents(20)), world)
+
+
+@pytest.mark.parametrize(
+    ("victim", "where"), [(0, "record"), (1, "record"), (0, "write_manifest"), (0, "put_in_place")]
+)
+def test_a_rank_killed_in_a_save_leaves_the_earlier_checkpoint(tmp_path: Path, victim: int, where: str) -> None:
+    folder = tmp_path / "checkpoints"
+    codes = on_ranks(2, tmp_path / "meeting", save_and_die, folder, victim, where)
+    assert codes[victim] == -signal.SIGKILL
+    assert codes[1 - victim] == 1  # its collective fails
+    assert list_steps(folder) == [10]
+    assert open_checkpoint(folder / "step-10").tensors("model")["x"].tolist() == [1.0] * 3
+    assert bool(list(folder.glob(".*"))) == (victim == 0)  # the first rank removes it, if it lives
+    remove_partial(folder)
+    assert [path.name for path in folder.iterdir()] == ["step-10"]
+
+
+def end_without_waiting(world: World, folder: Path) -> None:
+    """The process groups are gone before anything is written."""
+    gate, write_blocks = threading.Event(), tensor_files.write_blocks
+
+    def slow(*arguments: Any) -> str:
+        assert gate.wait(30)
+        return write_blocks(*arguments)
+
+    tensor_files.write_blocks = slow
+    snapshot = Snapshot({"model.x": torch.ones(3)}, {}, documents(10))
+    AsyncSaver(world).save(folder / "step-10", snapshot)
+    threading.Timer(0.5, gate.set).start()
+
+
+def test_ranks_that_end_without_waiting_do_not_hang(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    assert on_ranks(2, tmp_path / "meeting", end_without_waiting, folder, seconds=30) == [0, 0]
+    remove_partial(folder)
+    for path in folder.iterdir():  # with these groups or without them: whole, or not at all
+        assert open_checkpoint(path).tensors("model")["x"].tolist() == [1.0] * 3
+
+
+def test_a_program_that_ends_without_waiting_ends_its_save(tmp_path: Path) -> None:
+    program = (
+        "import sys, torch; from pathlib import Path; from npu_rec.distributed.world import ALONE\n"
+        "from npu_rec.train.checkpoint import AsyncSaver, Snapshot\n"
+        "documents = {'state.json': '{}', 'config.yaml': ''}\n"
+        "snapshot = Snapshot({'model.x': torch.ones(1000, 1000)}, {}, documents)\n"
+        "AsyncSaver(ALONE).save(Path(sys.argv[1]), snapshot)"
+    )
+    subprocess.run([sys.executable, "-c", program, tmp_path / "step-1"], check=True, timeout=60)
+    assert open_checkpoint(tmp_path / "step-1").tensors("model")["x"].sum() == 1e6
+
+
+def fail_after_a_save(path: Path, snapshot: Snapshot) -> None:
+    with AsyncSaver(World()) as saver:
+        saver.save(path, snapshot)
+        raise ZeroDivisionError
+
+
+def test_a_failed_training_keeps_its_error(tmp_path: Path) -> None:
+    """Leaving the saver by an error waits for the save and tells of the first error alone."""
+    snapshot = Snapshot({"model.x": torch.ones(3)}, {}, documents(1))
+    with pytest.raises(ZeroDivisionError):
+        fail_after_a_save(tmp_path / "step-1", snapshot)
+    open_checkpoint(tmp_path / "step-1")
+    saver = AsyncSaver(World())
+    saver.save(tmp_path / "step-2", Snapshot({}, {}, {"no folder/state.json": ""}))
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        saver.wait()
+    assert list_steps(tmp_path) == [1]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_what_a_save_was_about_to_replace_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed between the two renames of a save at a step that exists."""
+    path, rename = tmp_path / "step-1", Path.rename
+    save_snapshot(path, Snapshot({"model.x": torch.ones(3)}, {}, documents(1)))
+
+    def killed(self: Path, target: Path) -> None:
+        if self == disk.partial_of(path):
+            raise KeyboardInterrupt
+        rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            save_snapshot(path, Snapshot({"model.x": torch.zeros(3)}, {}, documents(1)))
+    assert list_steps(tmp_path) == []
+    remove_partial(tmp_path)
+    assert open_checkpoint(path).tensors("model")["x"].tolist() == [1.0] * 3
+    save_snapshot(path, Snapshot({"model.x": torch.zeros(3)}, {}, documents(1)))
+    assert open_checkpoint(path).tensors("model")["x"].tolist() == [0.0] * 3
+    assert [p.name for p in tmp_path.iterdir()] == ["step-1"]
+
+
+def test_large_tensors_are_cut_into_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("npu_rec.train.checkpoint.plan.FILE_BYTES", 100)
+    monkeypatch.setattr(keyed_files, "PIECE_BYTES", 100)
+    tensors = {"model.a": torch.randn(10, 6), "model.b": torch.randn(3), "model.c": torch.randn(2, 40)}
+    rows = rows_of(torch.arange(9))
+    save_snapshot(tmp_path / "step-1", Snapshot(dict(tensors), {"model.users": rows}, documents(1)))
+    names = sorted(p.name for p in (tmp_path / "step-1").glob("model-*"))
+    assert names == [f"model-{i:05d}-of-{len(names):05d}.safetensors" for i in range(1, len(names) + 1)]
+    assert len(names) == 5  # 240 bytes in three, 320 in two: a row is never cut
+    checkpoint = open_checkpoint(tmp_path / "step-1")
+    for name, value in checkpoint.tensors("model").items():
+        assert torch.equal(value, tensors[f"model.{name}"])
+    pieces = list(checkpoint.keyed("model.users"))
+    assert [len(piece.keys) for piece in pieces] == [3, 3, 3]  # rows of 32 bytes
+    assert_rows(pieces, torch.arange(9))
+
+
+def test_copies_of_a_block_are_dealt_out() -> None:
+    """Two replicas of two blocks on four ranks, as of hybrid FSDP: every rank writes as much."""
+
+    def block(name: str, half: int) -> Block:
+        return Block(name, (4 * half, 0), (4, 2), (8, 2), 4, is_whole=False)
+
+    blocks = [[block("a", rank % 2), block("b", rank % 2)] for rank in range(4)]
+    files = plan_files(blocks)
+    assert sorted((b.name, b.offsets) for mine in files for file in mine for b in file) == [
+        ("a", (0, 0)),
+        ("a", (4, 0)),
+        ("b", (0, 0)),
+        ("b", (4, 0)),
+    ]
+    assert [sum(b.bytes for file in mine for b in file) for mine in files] == [32] * 4
+
+
+@pytest.mark.parametrize(
+    ("local", "offsets", "shape"), [((2, 3), (0,), (2, 3)), ((2, 3), (9, 0), (10, 3)), ((2,), (-1,), (10,))]
+)
+def test_a_block_lies_in_its_tensor(local: tuple[int, ...], offsets: tuple[int, ...], shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"does not lie in"):
+        Shard(torch.zeros(local), offsets, shape)
+
+
+def test_rows_by_key_are_checked() -> None:
+    with pytest.raises(ValueError, match=r"keys must be \[n\] int64"):
+        Keyed(torch.arange(3).int(), {})
+    with pytest.raises(ValueError, match="a row a key"):
+        Keyed(torch.arange(3), {"weight": torch.ones(2, 4)})
+    with pytest.raises(ValueError, match="another name"):
+        Keyed(torch.arange(3), {"keys": torch.ones(3, 4)})
