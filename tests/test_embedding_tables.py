@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -316,6 +316,32 @@ def test_loading_replaces_what_a_table_has_learnt(below: Below, tmp_path: Path) 
     assert not torch.equal(table.read(KEYS), before)
     table.load(kept)
     assert torch.equal(table.read(KEYS), before)
+
+
+def test_rows_of_another_optimiser_come_without_its_state(tmp_path: Path) -> None:
+    table = trained("sgd", "host", tmp_path / "old")
+    loaded = opened(dynamic(LRU, "host"), "rowwise_adam", tmp_path / "new")
+    loaded.load(table.export())
+    state = state_of(loaded)
+    assert torch.equal(state["weight"], state_of(table)["weight"])
+    assert not state["square"].any()
+    assert not state["momentum"].any()
+
+
+def test_while_a_plan_waits_for_its_rows_a_table_answers_nothing_wrong(tmp_path: Path) -> None:
+    table = trained("sgd", "host", tmp_path)
+    ids, before = KEYS[:40], table.read(KEYS[:40])
+    slots, changes = table.plan(ids, torch.ones_like(ids), 12)
+    uses: dict[str, Callable[[], object]] = {
+        "planned again": lambda: table.plan(ids, torch.ones_like(ids), 13),
+        "read": lambda: table.read(ids),
+        "exported": lambda: list(table.export()),
+    }
+    for what, use in uses.items():
+        with pytest.raises(RuntimeError, match=f"table items is {what} before the rows of its last plan were looked"):
+            use()
+    assert torch.equal(table.rows(slots, changes), before)
+    assert torch.equal(table.read(ids), before)
 
 
 # --- memory

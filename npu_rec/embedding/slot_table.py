@@ -238,6 +238,7 @@ class SlotTable(EmbeddingTable):
 
         That is `weight [n, D]`, the optimiser's `square [n]` and `momentum [n, D]`, `last_step [n]` and `count [n]`.
         """
+        self._check_settled("exported")
         seen = self.map.seen
         ids, slots = seen.map.items()
         for some, where in zip(ids.split(_ROWS_AT_ONCE), slots.split(_ROWS_AT_ONCE), strict=True):
@@ -265,11 +266,11 @@ class SlotTable(EmbeddingTable):
             self.open_tier(self._folder)
         seen = self.map.seen
         for ids, columns in pieces:
-            mine = self.owns(ids)
+            state = self._state()  # zeros where the rows come from another optimiser
+            missing = {name: torch.zeros(len(ids), *x.shape[1:]) for name, x in state.items() if name not in columns}
+            given, mine = {**columns, **missing}, self.owns(ids)
             ids = ids[mine]
-            records = self._fresh_records(columns["weight"][mine])
-            for name, part in self._named(records, ids, ids).items():
-                if name in self._state() and name in columns:
+            records = torch.cat([_matrix(given[name][mine]) for name in ("weight", *state)], 1)
             if self.tier is not None and len(seen.map) + len(ids) > (self.policy.limit or 0):
                 self.tier.put(ids, records)
                 continue
