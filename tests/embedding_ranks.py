@@ -138,7 +138,7 @@ class Case:
             for table in tables.tables.values():
                 assert isinstance(table, StaticTable)
                 assert table.weight.grad is not None
-                table.weight -= LR * table.weight.grad
+                table.weight.sub_(LR * table.weight.grad)
                 table.weight.grad = None
 
 
@@ -159,8 +159,10 @@ CASES = {
     "host": Case(optimizer="rowwise_adam", tier="host", dtype=torch.float32),
     "disk": Case(optimizer="rowwise_adagrad", tier="disk", dtype=torch.float32),
 }
-_REPLICATED = ("row_wise, dense", "row_wise, rowwise_adam", "table_wise, rowwise_adagrad", "column_wise, rowwise_adam")
-_REPLICATED += ("dynamic, rowwise_adagrad", "dynamic, admission", "disk", "one table")
+_REPLICATED = (
+    *("row_wise, dense", "row_wise, rowwise_adam", "table_wise, rowwise_adagrad", "column_wise, rowwise_adam"),
+    *("dynamic, rowwise_adagrad", "dynamic, admission", "disk", "one table"),
+)
 REPLICATED = {f"{name}, replicas": replace(CASES[name], replicas=2) for name in _REPLICATED}
 
 

@@ -7,8 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from conftest import SHOP, write_shop
-from train_ranks import Job, column, logged, run_jobs, train_on_ranks, worst
+from train_ranks import Job, column, logged, run_jobs, train_on_ranks, wide_shop, worst
 
 DATA = os.environ.get("NPU_REC_DATA")
 QUICKSTART = Path(__file__).resolve().parents[1] / "configs" / "quickstart.yaml"
@@ -60,13 +59,20 @@ CASES: dict[str, tuple[str, ...]] = {
     "fsdp, dense": ("parallel.dense=fsdp", CLIP),
     "fsdp, accumulated": ("parallel.dense=fsdp", "train.accumulate=2", "train.epochs=6"),
     "fsdp, replicated": ("parallel.dense=fsdp", "embedding.placement=replicated", CLIP),
+    "context": (*ADAGRAD, "parallel.context=2", "train.max_steps=12"),
+    "context, fsdp, production": (
+        "parallel.context=2",
+        "parallel.dense=fsdp",
+        "model.options.variant=production",
+        *IN_BATCH,
+    ),
     "token budget": (*ADAGRAD, "train.batch_tokens=60", "train.max_steps=12"),
     "one sequence a step": (*ADAGRAD, "train.batch_size=1", "train.max_steps=12", "parallel.balance=order"),
     "production": ("embedding.optimizer=rowwise_adagrad", "model.options.variant=production", "task.options.loss=bce"),
 }
 ALSO_ON_FOUR = (
     "row-wise, sgd", "row-wise, rowwise_adagrad", "row-wise, rowwise_adam, few draws", "row-wise, dense",
-    "dynamic, rowwise_adagrad", "dynamic, admission", "column-wise, rowwise_adam", "fsdp, dense",
+    "context", "dynamic, rowwise_adagrad", "dynamic, admission", "column-wise, rowwise_adam", "fsdp, dense",
 )  # fmt: skip
 ON_FOUR: dict[str, tuple[str, ...]] = {
     **{name: CASES[name] for name in ALSO_ON_FOUR},
@@ -103,8 +109,8 @@ def check_equal(found: Path, expected: Path) -> None:
     assert worst(losses, references) <= 1e-4
     assert worst(column(found, "gradient_norm"), column(expected, "gradient_norm")) <= 1e-4
     counts = ("tokens", *(f"items/{name}" for name in ("rows", "waiting", "evicted", "expired", "refused")))
-    ours, theirs = logged(found)[-1], logged(expected)[-1]
-    assert [ours.get(name) for name in counts] == [theirs.get(name) for name in counts]
+    for ours, theirs in zip(logged(found), logged(expected), strict=True):
+        assert [ours.get(name) for name in counts] == [theirs.get(name) for name in counts]
     for split in ("valid", "test"):
         ours, theirs = logged(found, split)[-1], logged(expected, split)[-1]
         for name in ("hr@1", "hr@10", "ndcg@10", "mrr"):
@@ -171,28 +177,18 @@ def test_torchrec_equals_one_rank_of_the_native_engine(shop: Path, tmp_path: Pat
             check_equal(tmp_path / str(ranks) / name, tmp_path / "native" / name)
 
 
-@pytest.fixture(scope="module")
-def wide_shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Many more items than a step reads."""
-    folder = tmp_path_factory.mktemp("wide")
-    source = write_shop(folder / "source", items=400)
-    config = folder / "wide.yaml"
-    config.write_text(SHOP.format(source=source, prepared=folder / "prepared"))
-    return config
-
-
 def tiered(kind: str, tier: str, rows: int) -> tuple[str, ...]:
     return (f"embedding.kind={kind}", f"embedding.tier={tier}", f"embedding.rows={rows}", "embedding.eviction=lru")
 
 
-def test_rows_in_host_memory_and_on_disk_change_nothing(wide_shop: Path, tmp_path: Path) -> None:
+def test_rows_in_host_memory_and_on_disk_change_nothing(tmp_path: Path) -> None:
     """A step reads up to about 110 of 400 rows; a rank keeps so many that some of them come and go in every step."""
     common = (*ADAM, *FEW_DRAWS, "train.max_steps=30")
-    kinds = ("static", "dynamic")
-    run(wide_shop, tmp_path / "plain", 1, {kind: (*common, f"embedding.kind={kind}") for kind in kinds})
+    kinds, shop = ("static", "dynamic"), wide_shop(tmp_path)
+    run(shop, tmp_path / "plain", 1, {kind: (*common, f"embedding.kind={kind}") for kind in kinds})
     for ranks, rows in ((1, 140), (2, 80)):
         cases = {f"{k}, {t}": (*common, *tiered(k, t, rows)) for k in kinds for t in ("host", "disk")}
-        run(wide_shop, tmp_path / str(ranks), ranks, cases)
+        run(shop, tmp_path / str(ranks), ranks, cases)
         for name in cases:
             found, expected = tmp_path / str(ranks) / name, tmp_path / "plain" / name.partition(",")[0]
             losses, references = column(found, "loss"), column(expected, "loss")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from train_ranks import Job, column, logged, run_jobs, train_on_ranks, worst
+from train_ranks import Job, column, logged, run_jobs, train_on_ranks, wide_shop, worst
 
 from npu_rec.train.checkpoint import open_checkpoint
 
@@ -32,7 +32,7 @@ CASES: dict[str, tuple[str, ...]] = {
         "embedding.admission_count=10", "embedding.admission_probability=0.5", "embedding.max_age=3",
     ),
     "dynamic, disk": (
-        *ADAM, DYNAMIC, *FEW_DRAWS, "embedding.tier=disk", "embedding.rows=40", "embedding.eviction=lru",
+        *ADAM, DYNAMIC, *FEW_DRAWS, "embedding.tier=disk", "embedding.rows=80", "embedding.eviction=lru",
     ),
 }  # fmt: skip
 
@@ -41,17 +41,19 @@ CASES: dict[str, tuple[str, ...]] = {
 def runs(shop: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`undisturbed/<case>`, all by two ranks; `<n>/<case>`, by two ranks to step 6 and then by n."""
     folder = tmp_path_factory.mktemp("runs")
+    configs = dict.fromkeys(CASES, shop) | {"dynamic, disk": wide_shop(folder)}
 
     def jobs(name: str, *more: str, resume: str | None = None) -> list[Job]:
         return [
-            Job(str(shop), str(folder / name / case), (*COMMON, *options, *more), resume)
+            Job(str(configs[case]), str(folder / name / case), (*COMMON, *options, *more), resume)
             for case, options in CASES.items()
         ]
 
     train_on_ranks(2, [*jobs("undisturbed"), *jobs("2", f"train.max_steps={STOP}")])
     for ranks in ("1", "4"):
         shutil.copytree(folder / "2", folder / ranks, ignore=shutil.ignore_patterns("tables"))  # huge once copied
-    run_jobs(jobs("1", resume="auto"))
+    of_disk = jobs("1", "embedding.rows=160", resume="auto")[-1]  # one rank needs the rows of a step of both
+    run_jobs([*jobs("1", resume="auto")[:-1], of_disk])
     train_on_ranks(2, jobs("2", resume="auto"))
     train_on_ranks(4, jobs("4", resume="auto"))
     return folder
@@ -100,7 +102,7 @@ def test_what_is_saved_is_not_trivial(runs: Path) -> None:
     assert float(saved["model.encoder.items/momentum"].abs().max()) > 0
     at_stop = logged(runs / "2" / "dynamic, admission")[STOP - 1]
     assert min(at_stop["items/rows"], at_stop["items/waiting"], at_stop["items/refused"]) > 0
-    assert logged(runs / "2" / "dynamic, disk")[-1]["items/evicted"] > 0
+    assert logged(runs / "2" / "dynamic, disk")[STOP - 1]["items/evicted"] > 0
     for name in ("static, rowwise_adam", "static, dense", "dynamic, rowwise_adagrad"):
         losses = column(runs / "undisturbed" / name, "loss")
         assert losses[-1] < 0.8 * losses[0]

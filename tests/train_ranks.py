@@ -86,6 +86,16 @@ def _rank(place: dict[str, str], rank: int, count: int, jobs: Sequence[Job]) -> 
     run_jobs(jobs)
 
 
+def wide_shop(folder: Path) -> Path:
+    """The configuration of a shop with many more items, 400, than a step of a small batch reads."""
+    from conftest import SHOP, write_shop  # not where this file is the program
+
+    source = write_shop(folder / "source", items=400)
+    config = folder / "wide.yaml"
+    config.write_text(SHOP.format(source=source, prepared=folder / "prepared"))
+    return config
+
+
 def write_jobs(folder: Path, jobs: Sequence[Job]) -> None:
     """For `main`."""
     (folder / "jobs.json").write_text(json.dumps([asdict(job) for job in jobs]))

@@ -173,7 +173,7 @@ class EmbeddingCollection:
         table = self.tables[name]
         if not self.needs_plan:
             assert isinstance(table, StaticTable)
-            return table.weight[ids]
+            return embedding_lookup(table.weight, ids, backend=table.backend)
         ids = ids.cpu()
         _check_range(table, ids)
         if self.world.size == 1:

@@ -101,9 +101,12 @@ class SlotTable(EmbeddingTable):
         self.tier = Tier(store, first if isinstance(self.placement, BlockPlacement) else None)
 
     def close(self) -> None:
-        """Let go of the tier's files."""
+        """Let go of the tier and its files: checkpoints have the rows."""
         if self.tier is not None:
             self.tier.store.close()
+            self.tier = None
+            for file in self._folder.glob(f"{self.spec.name}-{self.rank}.rows*"):
+                file.unlink()
 
     def plan(self, ids: Tensor, counts: Tensor, step: int) -> tuple[Tensor, SlotChanges]:
         self._check_settled("planned again")
@@ -134,13 +137,12 @@ class SlotTable(EmbeddingTable):
         weight = self.weight.detach().requires_grad_()
         if changes.refused is None:
             return embedding_lookup(weight, slots, optimizer=self.optimizer, backend=self.backend)
-        places = (
-            torch.cat([torch.nonzero(~changes.refused), torch.nonzero(changes.refused)]).squeeze(1).to(slots.device)
-        )
-        has_row = places[: slots.shape[0] - changes.refused_rows.shape[0]]
+        # those with a row first, then the others, and back; found on the host
+        order = torch.cat([torch.nonzero(~changes.refused), torch.nonzero(changes.refused)]).squeeze(1)
+        has_row = order[: slots.shape[0] - changes.refused_rows.shape[0]].to(slots.device)
         rows = embedding_lookup(weight, slots[has_row], optimizer=self.optimizer, backend=self.backend)
         together = torch.cat([rows, changes.refused_rows.to(rows)])
-        return together[torch.argsort(places)]
+        return together.index_select(0, torch.argsort(order).to(slots.device))
 
     def _check_settled(self, what: str) -> None:
         if self._planned:

@@ -78,7 +78,7 @@ def train(config: Config, *, run_dir: str | Path | None = None, resume: str | No
         with run.lock():
             path = run.first_decides(lambda: find_checkpoint(run, resume), "which checkpoint to go on from")
             found = None if path is None else ckpt.open_checkpoint(path, world)
-            run.first_decides(lambda: prepare(config.data), "data prepared")
+            ckpt.together(world, "data prepared", lambda: prepare(config.data) if world.is_first else None)
             return _Trainer(config, run, world, device, open_data(config), found).run()
 
 

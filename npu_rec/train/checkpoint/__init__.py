@@ -11,6 +11,7 @@
 A checkpoint is written beside its place and renamed, so a kill at any moment leaves the last good one.
 """
 
+from npu_rec.train.checkpoint.agreement import together
 from npu_rec.train.checkpoint.background import AsyncSaver
 from npu_rec.train.checkpoint.contents import Keyed, Shard, Snapshot, checkpoint_snapshot
 from npu_rec.train.checkpoint.delta import Delta, apply_delta, delta_snapshot, open_delta
@@ -37,4 +38,5 @@ __all__ = [
     "read_items",
     "remove_partial",
     "save_snapshot",
+    "together",
 ]
