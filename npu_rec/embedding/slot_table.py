@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from npu_rec.embedding.placement import BlockPlacement, HashPlacement, Placement
+from npu_rec.embedding.row_memory import RowMemory
 from npu_rec.embedding.slots import SlotMap, SlotPolicy
 from npu_rec.embedding.store import DiskStore, HostStore, RowStore
 from npu_rec.embedding.table import EmbeddingTable, TableSpec
@@ -53,12 +54,11 @@ class SlotTable(EmbeddingTable):
 
     Attributes:
         below: what kind of memory the tier is in; `open_tier` makes it.
-        weight: `[slots, D]` on the device; grows by doubling, up to the limit of the policy.
+        memory: the slots; they grow by doubling, up to the limit of the policy.
         hits, misses: with a tier, distinct ids of the steps that were in slots, and that came into one.
     """
 
     needs_plan = True
-    weight: Tensor
 
     def __init__(
         self,
@@ -74,20 +74,25 @@ class SlotTable(EmbeddingTable):
         self.policy, self.below = policy or SlotPolicy(), below
         self.map = SlotMap(self.policy, spec.name, spec.seed)
         self.tier: Tier | None = None
-        self.register_buffer("weight", torch.zeros(0, spec.dim), persistent=False)
+        self.memory = RowMemory(spec.dim)
         self.hits = self.misses = 0
         self._planned = False  # slots are given out, rows not yet in them
 
     def use(self, optimizer: RowOptimizer) -> None:
         self.optimizer = optimizer
-        optimizer.prepare(self.weight)
+        self.memory.use(optimizer)
+
+    @property
+    def weight(self) -> Tensor:
+        """`[slots, D]` on the device."""
+        return self.memory.weight
 
     def open_tier(self, folder: Path) -> None:
         """Make the tier below, empty, for rows with the state of the optimiser there is; `folder` is for its files."""
         if self.below is None:
             return
         self._folder = folder
-        width = sum(self._widths())
+        width = sum(self.memory.widths)
         first = 0
         records = _RECORDS
         if isinstance(self.placement, BlockPlacement):
@@ -151,50 +156,12 @@ class SlotTable(EmbeddingTable):
     @torch.no_grad()
     def _change(self, changes: SlotChanges) -> None:
         self._planned = False
-        self._grow(changes.slots)
+        self.memory.grow(changes.slots, self.policy.limit)
         if self.tier is not None:
-            self.tier.put(changes.leaving_ids, self._records(changes.leaving_slots))
-        self._place(changes.fresh_slots, self._fresh_records(changes.fresh_rows))
+            self.tier.put(changes.leaving_ids, self.memory.records(changes.leaving_slots))
+        self.memory.place(changes.fresh_slots, self.memory.fresh(changes.fresh_rows))
         if self.tier is not None:
-            self._place(changes.coming_slots, self.tier.get(changes.coming_ids))
-
-    def _grow(self, slots: int) -> None:
-        had = self.weight.shape[0]
-        if slots <= had:
-            return
-        doubled = 2 * had if self.policy.limit is None else min(2 * had, self.policy.limit)
-        slots = max(slots, doubled)
-        self.weight = _longer(self.weight, slots)
-        for name, values in self._state().items():
-            setattr(self.optimizer, name, _longer(values, slots))
-
-    def _state(self) -> dict[str, Tensor]:
-        """What the optimiser keeps of each row."""
-        optimizer = self.optimizer
-        state = {} if optimizer is None else {"square": optimizer.square, "momentum": optimizer.momentum}
-        return {name: values for name, values in state.items() if values is not None}
-
-    def _columns(self) -> list[Tensor]:
-        """All that makes up a row, `[slots, ...]`, as matrices."""
-        return [self.weight, *(_matrix(x) for x in self._state().values())]
-
-    def _widths(self) -> list[int]:
-        return [column.shape[1] for column in self._columns()]
-
-    def _records(self, slots: Tensor) -> Tensor:
-        """`[n, width]` on the host: rows with their optimiser state."""
-        return torch.cat([column[slots.to(column.device)].cpu() for column in self._columns()], 1)
-
-    def _fresh_records(self, rows: Tensor) -> Tensor:
-        width = sum(self._widths())
-        return torch.cat([rows, rows.new_zeros(rows.shape[0], width - rows.shape[1])], 1)
-
-    def _place(self, slots: Tensor, records: Tensor) -> None:
-        if slots.shape[0] == 0:
-            return
-        columns = self._columns()
-        for column, values in zip(columns, records.split(self._widths(), 1), strict=True):
-            column[slots.to(column.device)] = values.to(column)
+            self.memory.place(changes.coming_slots, self.tier.get(changes.coming_ids))
 
     @torch.no_grad()
     def read(self, ids: Tensor) -> Tensor:
@@ -244,18 +211,13 @@ class SlotTable(EmbeddingTable):
         seen = self.map.seen
         ids, slots = seen.map.items()
         for some, where in zip(ids.split(_ROWS_AT_ONCE), slots.split(_ROWS_AT_ONCE), strict=True):
-            yield some, self._named(self._records(where), seen.last_step[where], seen.count[where])
+            parts = self.memory.named(self.memory.records(where))
+            yield some, {**parts, "last_step": seen.last_step[where], "count": seen.count[where]}
         if self.tier is not None:
             for some, records in self.tier.items(_ROWS_AT_ONCE):
                 below = seen.map.find(some) < 0  # what it has of the others is out of date
-                unknown = torch.zeros_like(some[below])
-                yield some[below], self._named(records[below], unknown, unknown.clone())
-
-    def _named(self, records: Tensor, last_step: Tensor, count: Tensor) -> dict[str, Tensor]:
-        parts = dict(zip(("weight", *self._state()), records.split(self._widths(), 1), strict=True))
-        if "square" in parts:
-            parts["square"] = parts["square"].squeeze(1)
-        return {**{name: part.contiguous() for name, part in parts.items()}, "last_step": last_step, "count": count}
+                parts, unknown = self.memory.named(records[below]), torch.zeros_like(some[below])
+                yield some[below], {**parts, "last_step": unknown, "count": unknown.clone()}
 
     @torch.no_grad()
     def load(self, pieces: Iterable[tuple[Tensor, Mapping[str, Tensor]]]) -> None:
@@ -268,24 +230,12 @@ class SlotTable(EmbeddingTable):
             self.open_tier(self._folder)
         seen = self.map.seen
         for ids, columns in pieces:
-            state = self._state()  # zeros where the rows come from another optimiser
-            missing = {name: torch.zeros(len(ids), *x.shape[1:]) for name, x in state.items() if name not in columns}
-            given, mine = {**columns, **missing}, self.owns(ids)
-            ids = ids[mine]
-            records = torch.cat([_matrix(given[name][mine]) for name in ("weight", *state)], 1)
+            mine = self.owns(ids)
+            ids, columns = ids[mine], {name: x[mine] for name, x in columns.items()}
+            records = self.memory.unnamed(columns)
             if self.tier is not None and len(seen.map) + len(ids) > (self.policy.limit or 0):
                 self.tier.put(ids, records)
                 continue
-            slots = seen.insert(ids, columns["last_step"][mine], columns["count"][mine])
-            self._grow(seen.map.slot_limit)
-            self._place(slots, records)
-
-
-def _matrix(x: Tensor) -> Tensor:
-    return x if x.dim() == 2 else x.unsqueeze(1)
-
-
-def _longer(x: Tensor, rows: int) -> Tensor:
-    longer = x.new_zeros((rows, *x.shape[1:]))
-    longer[: x.shape[0]] = x
-    return longer
+            slots = seen.insert(ids, columns["last_step"], columns["count"])
+            self.memory.grow(seen.map.slot_limit, self.policy.limit)
+            self.memory.place(slots, records)
