@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shutil import rmtree
 
 import pytest
 import torch
@@ -62,6 +63,20 @@ def test_rows_of_a_dynamic_table(shop: Path, tmp_path: Path, more: tuple[str, ..
         rows |= changed
         assert rows.keys() == expected.keys()
         assert all(torch.equal(rows[key], expected[key]) for key in expected)
+
+
+def test_a_restart_goes_on_with_the_chain(shop: Path, tmp_path: Path) -> None:
+    more = ("train.delta_every=4", "train.checkpoint_every=3", "embedding.kind=dynamic")
+    train(config_of(shop, *more, "train.max_steps=7"), run_dir=tmp_path / "whole")
+    train(config_of(shop, *more, "train.max_steps=5"), run_dir=tmp_path / "cut")
+    assert sorted(path.name for path in (tmp_path / "cut" / "deltas").iterdir()) == ["step-0-4", "step-4-5"]
+    rmtree(tmp_path / "cut" / "checkpoints" / "step-5")  # as if killed before it was written
+    train(config_of(shop, *more, "train.max_steps=7"), run_dir=tmp_path / "cut", resume="auto")
+    for name in ("step-0-4", "step-4-7"):
+        whole, cut = (rows_of(tmp_path / run / "deltas" / name, delta=True) for run in ("whole", "cut"))
+        assert whole.keys() == cut.keys()
+        assert all(torch.equal(whole[key], cut[key]) for key in whole)
+    assert len(list((tmp_path / "cut" / "deltas").iterdir())) == 2
 
 
 def test_divided_rows_are_refused(shop: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from importlib import import_module
 
@@ -84,10 +85,7 @@ def _dynamic(rows: Tensor) -> Contender:
     """The same rows in a dynamic table, which looks for the row of an id first."""
     table = SlotTable(TableSpec("t", None, rows.shape[1], 0), HashPlacement(rows.shape[1], 1)).to(rows.device)
     table.use(RowOptimizer("rowwise_adagrad", _LR))
-    for ids in torch.arange(rows.shape[0]).split(_ROWS_AT_ONCE):
-        none = torch.zeros_like(ids)
-        columns = {"weight": rows[ids].cpu(), "square": torch.zeros(len(ids)), "last_step": none, "count": none}
-        table.load([(ids, columns)])
+    table.load(_pieces(rows))
     collection = EmbeddingCollection([table])
 
     def call(ids: Tensor) -> Tensor:
@@ -96,6 +94,13 @@ def _dynamic(rows: Tensor) -> Contender:
         ]
 
     return Contender("dynamic, rowwise_adagrad", call, learn=Tensor.backward)
+
+
+def _pieces(rows: Tensor) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    """All rows, by their number."""
+    for ids in torch.arange(rows.shape[0]).split(_ROWS_AT_ONCE):
+        weight, none = rows[ids.to(rows.device)].cpu(), torch.zeros_like(ids)
+        yield ids, {"weight": weight, "last_step": none, "count": none}
 
 
 def _sparse_adagrad(table: Tensor) -> Contender:

@@ -22,7 +22,7 @@ from npu_rec.distributed import recovery
 from npu_rec.distributed.rendezvous import meet
 from npu_rec.distributed.sections import event_recorder
 from npu_rec.distributed.watchdog import Watchdog
-from npu_rec.errors import ConfigError
+from npu_rec.errors import ConfigError, DistributedError
 
 T = TypeVar("T")
 
@@ -130,6 +130,13 @@ def asked_size() -> int:
     return int(text)
 
 
+def _asked_rank(size: int) -> int:
+    text = os.environ["RANK"]
+    if not text.isdigit() or int(text) >= size:
+        raise ConfigError(f"RANK={text!r} with WORLD_SIZE={size}: ranks are 0 to {size - 1}; start with torchrun")
+    return int(text)
+
+
 @contextmanager
 def open_world(device: Device, *, timeout: float, init_method: str | None = None) -> Iterator[World]:
     """The world that the launcher's variables (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) describe.
@@ -152,11 +159,17 @@ def open_world(device: Device, *, timeout: float, init_method: str | None = None
         raise ConfigError(
             f"WORLD_SIZE is {size}, but {', '.join(missing)} is not set; start with torchrun, or unset WORLD_SIZE"
         )
-    rank = int(os.environ["RANK"])
+    rank = _asked_rank(size)
     backend = "gloo" if device.is_cpu else f"cpu:gloo,{device.torch_device.type}:{device.collective_backend}"
     wait = 2 * timeout + 60  # the watchdog, which says more, comes first
     limit = timedelta(seconds=wait)
-    store, _, _ = next(rendezvous(init_method or "env://", rank, size, timeout=limit))
+    try:
+        store, _, _ = next(rendezvous(init_method or "env://", rank, size, timeout=limit))
+    except dist.DistError as error:
+        raise DistributedError(
+            f"rank {rank} of {size}: the ranks did not find each other within {wait:g} s; is each of them started, "
+            f"with the same MASTER_ADDR, MASTER_PORT and WORLD_SIZE? ({str(error).splitlines()[0]})"
+        ) from error
     store = meet(store, rank, size, wait)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
     group = dist.group.WORLD

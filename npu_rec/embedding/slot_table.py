@@ -10,12 +10,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from npu_rec.embedding.placement import BlockPlacement, HashPlacement, Placement
+from npu_rec.embedding.placement import BlockPlacement, Placement
 from npu_rec.embedding.row_memory import RowMemory
 from npu_rec.embedding.slots import SlotMap, SlotPolicy
 from npu_rec.embedding.store import DiskStore, HostStore, RowStore
 from npu_rec.embedding.table import EmbeddingTable, TableSpec
 from npu_rec.embedding.tier import Tier
+from npu_rec.errors import StorageError
 from npu_rec.ops import RowOptimizer, embedding_lookup
 
 _ROWS_AT_ONCE = 1 << 16
@@ -101,7 +102,10 @@ class SlotTable(EmbeddingTable):
         self.close()
         store: RowStore = HostStore(width)
         if self.below == "disk":
-            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise StorageError(f"embedding.tier_path: {folder} cannot be made: {error}") from None
             store = DiskStore(folder / f"{self.spec.name}-{self.rank}.rows", width, records, create=True)
         self.tier = Tier(store, first if isinstance(self.placement, BlockPlacement) else None)
 
@@ -193,14 +197,6 @@ class SlotTable(EmbeddingTable):
             values |= {"hits": self.hits, "misses": self.misses}
             values |= {"bytes_read": store.bytes_read, "bytes_written": store.bytes_written}
         return {name: float(value) for name, value in values.items()}
-
-    def owns(self, ids: Tensor) -> Tensor:
-        """Which of `ids [n]` have their row on this rank, `[n]` bool."""
-        if isinstance(self.placement, HashPlacement):
-            return self.placement.owner_of(ids) == self.rank
-        assert isinstance(self.placement, BlockPlacement)
-        block = self.placement.block(self.rank)
-        return (ids >= block.first_row) & (ids < block.last_row)
 
     def export(self) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         """All rows, in pieces: ids `[n]` and, on the host, what belongs to each.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from npu_rec.distributed import World
 from npu_rec.distributed.world import ALONE
 from npu_rec.embedding.column_update import lookup_columns
-from npu_rec.embedding.placement import BlockPlacement, Placement
+from npu_rec.embedding.placement import BlockPlacement, HashPlacement, Placement
 from npu_rec.embedding.touched import Touched
 from npu_rec.ops import RowOptimizer, embedding_lookup
 from npu_rec.ops.random import random_key, random_truncated_normal
@@ -89,6 +89,15 @@ class EmbeddingTable(nn.Module, ABC):
     @abstractmethod
     def use(self, optimizer: RowOptimizer) -> None:
         """Let the backward pass update the rows."""
+
+    def owns(self, ids: Tensor) -> Tensor:
+        """Which of `ids [n]` have their row on this rank, `[n]` bool."""
+        placement = self.placement
+        if isinstance(placement, HashPlacement):
+            return placement.owner_of(ids) == self.rank
+        assert isinstance(placement, BlockPlacement)
+        block = placement.block(self.rank)
+        return (ids >= block.first_row) & (ids < block.last_row)
 
     def shards(self) -> dict[str, Part]:
         """`weight`, and the optimiser's `square` and `momentum` where they are: this rank's blocks of them.

@@ -22,8 +22,16 @@ class Touched:
             self._parts = [torch.unique(torch.cat(self._parts))]
             self._distinct = self._parts[0].shape[0]
 
+    def ids(self) -> Tensor:
+        """`[n]` distinct ids, ascending, on the host."""
+        if not self._parts:
+            return torch.zeros(0, dtype=torch.int64)
+        self._parts = [torch.unique(torch.cat(self._parts))]
+        self._distinct = self._parts[0].shape[0]
+        return self._parts[0].cpu()
+
     def take(self) -> Tensor:
-        """`[n]` distinct ids, ascending, on the host; from now on the set is empty."""
-        ids = torch.unique(torch.cat(self._parts)).cpu() if self._parts else torch.zeros(0, dtype=torch.int64)
+        """`ids`; from now on the set is empty."""
+        ids = self.ids()
         self._parts, self._distinct = [], 0
         return ids

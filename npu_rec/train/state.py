@@ -58,6 +58,9 @@ def keyed_rows(task: Task) -> dict[str, Iterator[Keyed]]:
         if isinstance(table, SlotTable):
             rows[f"model.{name}"] = _pieces(table) if own else iter(())
             rows[f"waiting.{name}"] = _waiting(table) if own else iter(())
+        if table.touched is not None:
+            ids = table.touched.ids()
+            rows[f"touched.{name}"] = iter([Keyed(ids if own else ids[:0], {})])
     return rows
 
 
@@ -123,7 +126,7 @@ def load_weights(task: Task, source: Checkpoint | Mapping[str, Tensor], name: st
 
 
 def load_optimizers(task: Task, optimizer: torch.optim.Optimizer, source: Checkpoint) -> None:
-    """Put back the state of `optimizer_parts`, and which ids wait for a row."""
+    """Put back the state of `optimizer_parts`, which ids wait for a row, and which a delta is due for."""
     weights, trained = weight_parts(task), {p for group in optimizer.param_groups for p in group["params"]}
     stored = [name.removeprefix("optimizer.") for name in source.names if name.startswith("optimizer.")]
     parts: Parts = {}
@@ -145,6 +148,9 @@ def load_optimizers(task: Task, optimizer: torch.optim.Optimizer, source: Checkp
             for keyed in source.keyed(f"waiting.{name}"):
                 own = table.owns(keyed.keys)
                 table.map.waiting.insert(keyed.keys[own], keyed.columns["last_step"][own], keyed.columns["count"][own])
+        if table.touched is not None and f"touched.{name}" in source.keyed_names:
+            for keyed in source.keyed(f"touched.{name}"):
+                table.touched.add(keyed.keys[table.owns(keyed.keys)])
     _fill(source, "optimizer", parts)
 
 

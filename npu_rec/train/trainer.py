@@ -7,13 +7,14 @@ import math
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
 
-from npu_rec.config import Config
+from npu_rec.config import Config, dump_config
 from npu_rec.data import prepare
 from npu_rec.data.batch import JaggedBatch
 from npu_rec.data.loader import TrainLoader, in_order
@@ -21,7 +22,7 @@ from npu_rec.device import Device, device_report
 from npu_rec.distributed import World, open_world
 from npu_rec.distributed.balance import SequenceCost, imbalance
 from npu_rec.embedding.touched import Touched
-from npu_rec.errors import CheckpointError, TrainingError
+from npu_rec.errors import CheckpointError, ConfigError, TrainingError
 from npu_rec.ops.jagged import offsets_to_lengths
 from npu_rec.tasks import Prepared, build_task
 from npu_rec.train import checkpoint as ckpt
@@ -74,12 +75,24 @@ def train(config: Config, *, run_dir: str | Path | None = None, resume: str | No
     """
     device = open_device(config)
     with open_world(device, timeout=config.parallel.timeout) as world:
+        _check_alike(config, world)
         run = RunDirectory(Path(run_dir) if run_dir is not None else default_run_dir(config, resume), world)
         with run.lock():
             path = run.first_decides(lambda: find_checkpoint(run, resume), "which checkpoint to go on from")
             found = None if path is None else ckpt.open_checkpoint(path, world)
             ckpt.together(world, "data prepared", lambda: prepare(config.data) if world.is_first else None)
             return _Trainer(config, run, world, device, open_data(config), found).run()
+
+
+def _check_alike(config: Config, world: World) -> None:
+    """Raise ConfigError, on all ranks, when they were started with different configurations."""
+    texts = [text.splitlines() for text in world.all_gather(dump_config(config), "configuration")]
+    for rank, lines in enumerate(texts):
+        for ours, first in zip_longest(lines, texts[0], fillvalue=""):
+            if ours != first:
+                raise ConfigError(
+                    f"rank {rank} has {ours.strip()!r} where rank 0 has {first.strip()!r}; start all alike"
+                )
 
 
 class _Trainer:
@@ -107,6 +120,10 @@ class _Trainer:
             if isinstance(weights, ckpt.Checkpoint):
                 weights.check_items(data.path / "items.arrow")
             load_weights(self.task, weights, str(train.init_from))
+        if train.delta_every:
+            for table in self.task.tables.tables.values():
+                table.touched = Touched()
+        self.marked_step = 0  # what a delta would begin at
         self.dense = DenseParallel(self.task, config.parallel, world, device, all_used=data.facts.has_times)
         self.optimizer = build_optimizer(self.task, train)
         if found is not None:
@@ -127,10 +144,6 @@ class _Trainer:
         self.total_steps = train.epochs * steps_an_epoch  # of the schedule; token budgets vary a little by epoch
         self.metrics: dict[str, dict[str, float]] = {}
         self.counters: dict[str, dict[str, float]] = {}
-        self.marked_step = self.position.step
-        if train.delta_every:
-            for table in self.task.tables.tables.values():
-                table.touched = Touched()
         # ids are exchanged ahead of a step, by a thread, where they must be known on the host
         self.plans_ahead = world.size > 1 or self.task.tables.needs_plan
 
@@ -144,8 +157,11 @@ class _Trainer:
         names = Position.__dataclass_fields__
         self.position = Position(**{k: v for k, v in found.state["position"].items() if k in names})
         self.task.tables.step = self.position.step
+        marked = found.state.get("marked_step")
+        self.marked_step = self.position.step if marked is None else int(marked)
         if self.world.is_first:
             ckpt.drop_later(self.run_dir.checkpoints, self.position.step)
+            ckpt.drop_later_deltas(self.run_dir.path / "deltas", self.position.step)
         load_optimizers(self.task, self.optimizer, found)
         random_states = found.tensors("random")
         torch.set_rng_state(random_states["host"])
@@ -160,6 +176,8 @@ class _Trainer:
         with ckpt.AsyncSaver(self.world) as self.saver:
             if not self._finished():
                 self._fit(resumed)
+                if config.train.delta_every and position.step > self.marked_step:
+                    self._export_delta()
         final = self._test()
         self.run_dir.close()
         if self.world.is_first:
@@ -349,14 +367,18 @@ class _Trainer:
             config=self.config,
             facts=self.data.facts,
             items=self.data.path / "items.arrow",
-            state={"step": position.step, "position": asdict(position)},
+            state={
+                "step": position.step,
+                "position": asdict(position),
+                "marked_step": self.marked_step if self.config.train.delta_every else None,
+            },
         )
         if self.world.is_first:  # the one under way is not among them yet
             ckpt.prune(self.run_dir.checkpoints, self.config.train.keep_checkpoints, position.best_step)
         self.saver.save(self.run_dir.checkpoints / f"step-{position.step}", snapshot)
 
     def _export_delta(self) -> None:
-        """The rows touched since the delta before, or the start of this sitting, and all other weights."""
+        """The rows touched since the delta before, and all other weights."""
         step = self.position.step
         own = {f"{name}.weight" for name, _ in tables_of(self.task)}
         parts = {f"model.{name}": part for name, part in weight_parts(self.task).items() if name not in own}

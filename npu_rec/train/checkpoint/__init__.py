@@ -14,7 +14,7 @@ A checkpoint is written beside its place and renamed, so a kill at any moment le
 from npu_rec.train.checkpoint.agreement import together
 from npu_rec.train.checkpoint.background import AsyncSaver
 from npu_rec.train.checkpoint.contents import Keyed, Shard, Snapshot, checkpoint_snapshot
-from npu_rec.train.checkpoint.delta import Delta, apply_delta, delta_snapshot, open_delta
+from npu_rec.train.checkpoint.delta import Delta, apply_delta, delta_snapshot, drop_later_deltas, open_delta
 from npu_rec.train.checkpoint.disk import MANIFEST, drop_later, list_steps, prune, remove_partial
 from npu_rec.train.checkpoint.read import Checkpoint, open_checkpoint, read_items
 from npu_rec.train.checkpoint.save import save_snapshot
@@ -31,6 +31,7 @@ __all__ = [
     "checkpoint_snapshot",
     "delta_snapshot",
     "drop_later",
+    "drop_later_deltas",
     "list_steps",
     "open_checkpoint",
     "open_delta",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -56,6 +57,15 @@ def open_delta(path: Path, world: World = ALONE) -> Delta:
     if "mark_step" not in state:
         raise CheckpointError(f"{path}: a checkpoint, not a delta; open it as one")
     return Delta(path, state)
+
+
+def drop_later_deltas(folder: Path, step: int) -> None:
+    """Delete deltas `step-<mark>-<end>` that end after `step`, and what a killed export left: a run goes on there."""
+    disk.remove_partial(folder)
+    for delta in folder.glob("step-*-*"):
+        end = delta.name.rpartition("-")[2]
+        if end.isdigit() and int(end) > step:
+            shutil.rmtree(delta)
 
 
 def apply_delta(weights: Mapping[str, Tensor], step: int, delta: Delta) -> list[str]:
