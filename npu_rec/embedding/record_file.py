@@ -18,31 +18,24 @@ _Failure = tuple[int, int]  # the number of a record, and the errno; 0: the file
 
 
 class RecordFile:
-    """The file, open and locked. What was never written reads as zeros and takes no disk.
-
-    Args:
-        create: begin with an empty file, in place of one that may be there; otherwise open the one that is there.
+    """The file, made anew, open and locked. What was never written reads as zeros and takes no disk.
 
     Raises:
         StorageError: here and in all calls: the system refuses, or another process has the file.
     """
 
-    def __init__(self, path: Path, record_bytes: int, num_records: int, *, create: bool) -> None:
+    def __init__(self, path: Path, record_bytes: int, num_records: int) -> None:
         self.path, self.record_bytes, size = path, record_bytes, num_records * record_bytes
         try:
             # emptied only when it is known to be nobody else's
-            self._file = os.fdopen(os.open(path, os.O_RDWR | (os.O_CREAT if create else 0), 0o644), "rb+", 0)
+            self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "rb+", 0)
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if create:
-                self._file.truncate(0)
-                self._file.truncate(size)
-            there = os.fstat(self._file.fileno()).st_size
+            self._file.truncate(0)
+            self._file.truncate(size)
         except BlockingIOError:
             raise StorageError(f"{path}: another process has this file of rows open; give each its own") from None
         except OSError as error:
             raise self._refused(f"a file of {size} bytes cannot be opened", error.errno) from None
-        if there != size:
-            raise StorageError(f"{path}: {num_records} records take {size} bytes, the file has {there}; make it anew")
 
     def read(self, numbers: Tensor, records: Tensor) -> None:
         """Fill `records [U, width]`, contiguous, with those of `numbers [U]`, in their order on the disk."""
@@ -53,13 +46,6 @@ class RecordFile:
         """Write `records [U, width]`, contiguous, to the places of `numbers [U]`, which are distinct."""
         write = _write_one_by_one if extension() is None else extension().records_write
         self._check("written", write(self._file.fileno(), numbers, numbers.argsort(), records))
-
-    def sync(self) -> None:
-        """Wait until the disk has what was written."""
-        try:
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            raise self._refused("cannot be written", error.errno) from None
 
     def close(self) -> None:
         self._file.close()

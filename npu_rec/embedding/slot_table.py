@@ -106,7 +106,7 @@ class SlotTable(EmbeddingTable):
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise StorageError(f"embedding.tier_path: {folder} cannot be made: {error}") from None
-            store = DiskStore(folder / f"{self.spec.name}-{self.rank}.rows", width, records, create=True)
+            store = DiskStore(folder / f"{self.spec.name}-{self.rank}.rows", width, records)
         self.tier = Tier(store, first if isinstance(self.placement, BlockPlacement) else None)
 
     def close(self) -> None:
@@ -114,8 +114,6 @@ class SlotTable(EmbeddingTable):
         if self.tier is not None:
             self.tier.store.close()
             self.tier = None
-            for file in self._folder.glob(f"{self.spec.name}-{self.rank}.rows*"):
-                file.unlink()
 
     def plan(self, ids: Tensor, counts: Tensor, step: int) -> tuple[Tensor, SlotChanges]:
         self._check_settled("planned again")

@@ -43,11 +43,8 @@ class RowStore(Protocol):
     def numbers_written(self) -> Tensor:
         """The numbers `[n]` that have a record, ascending."""
 
-    def flush(self) -> None:
-        """Make what was written last beyond this process."""
-
     def close(self) -> None:
-        """Flush and give back what the store holds; it is of no use afterwards."""
+        """Give back what the store holds, files as well; it is of no use afterwards."""
 
     @property
     def memory_bytes(self) -> int:
@@ -93,9 +90,6 @@ class HostStore:
     def numbers_written(self) -> Tensor:
         return self._map.items()[0].sort().values
 
-    def flush(self) -> None:
-        pass  # there is nothing beyond this process
-
     def close(self) -> None:
         self._map, self._blocks = KeyMap(), []
 
@@ -121,29 +115,21 @@ class DiskStore:
     """Records in a sparse file: only those that were written take disk.
 
     They go through the system's calls and not through a memory map, so that the memory of this process is that of a
-    call's tensors and one bit a record: which were written. These bits are in memory and, as of the last `flush`,
-    beside the file (`<path>.written`): what a killed process wrote after it counts as never written.
+    call's tensors and one bit a record: which were written. The file is of use to this object alone.
 
     Args:
+        path: the file, made anew.
         num_records: numbers are below it. They cost one bit each.
-        create: begin with an empty store, in place of one that may be there; otherwise open the one that is there.
 
     Raises:
-        StorageError: here and in all calls: the folder is missing, the disk is full, another process uses the file,
-            or it is cut off or of another width or number of records.
+        StorageError: here and in all calls: the folder is missing, the disk is full, another process uses the file.
     """
 
-    def __init__(self, path: Path, width: int, num_records: int, *, create: bool) -> None:
+    def __init__(self, path: Path, width: int, num_records: int) -> None:
         self.path, self.width = path, width
         self.bytes_read = self.bytes_written = 0
-        self._header = {"width": width, "num_records": num_records}
         self._bits = WrittenBits(num_records)
-        self._bits_path = path.with_name(path.name + ".written")
-        if not create:
-            self._bits.load(self._bits_path, self._header)
-        self._file = RecordFile(path, width * 4, num_records, create=create)
-        if create:
-            self._bits.save(self._bits_path, self._header)
+        self._file = RecordFile(path, width * 4, num_records)
 
     def read(self, numbers: Tensor) -> Tensor:
         _check_written(numbers, self.written(numbers))
@@ -165,13 +151,9 @@ class DiskStore:
     def numbers_written(self) -> Tensor:
         return self._bits.numbers()
 
-    def flush(self) -> None:
-        self._file.sync()
-        self._bits.save(self._bits_path, self._header)
-
     def close(self) -> None:
-        self.flush()
         self._file.close()
+        self.path.unlink(missing_ok=True)
 
     @property
     def memory_bytes(self) -> int:

@@ -1,17 +1,11 @@
-"""Which records of a file were written: one bit each, in memory and, when saved, in a file of its own."""
+"""Which records of a file were written: one bit each, in memory."""
 
 from __future__ import annotations
-
-import json
-import os
-from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-
-from npu_rec.errors import StorageError
 
 
 class WrittenBits:
@@ -39,31 +33,6 @@ class WrittenBits:
     @property
     def memory_bytes(self) -> int:
         return self._bytes.nbytes
-
-    def save(self, path: Path, header: dict[str, int]) -> None:
-        """Write the header, a line of JSON, and the bytes up to the last that is not 0; beside `path`, then renamed."""
-        used = int(np.flatnonzero(self._bytes)[-1]) + 1 if self._bytes.any() else 0
-        beside = path.with_name(path.name + ".new")
-        try:
-            with beside.open("wb") as file:
-                file.write(json.dumps(header).encode() + b"\n")
-                file.write(self._bytes[:used].data)
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(path)
-        except OSError as error:
-            raise StorageError(f"{beside}: cannot be written: {error.strerror}") from None
-
-    def load(self, path: Path, header: dict[str, int]) -> None:
-        """Read what `save` wrote. Raises StorageError when it was with another header, or cannot be read."""
-        try:
-            line, _, used = path.read_bytes().partition(b"\n")
-        except OSError as error:
-            raise StorageError(f"{path}: cannot be read: {error.strerror}; it tells which rows were written") from None
-        expected = json.dumps(header)
-        if line != expected.encode() or len(used) > len(self._bytes):
-            raise StorageError(f"{path}: begins with {line[:80]!r} where {expected} is expected; make the store anew")
-        self._bytes[: len(used)] = np.frombuffer(used, dtype=np.uint8)
 
     def _places(self, numbers: Tensor) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
         """Of each number, its byte and the bit in it."""
