@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -97,7 +98,8 @@ def train(
     """Train a model and test it."""
     from npu_rec.train import train as run_training
 
-    logging.getLogger("npu_rec").setLevel(logging.INFO)  # which backends run
+    if os.environ.get("RANK", "0") == "0":
+        logging.getLogger("npu_rec").setLevel(logging.INFO)  # which backends run
 
     result = run_training(_load(config, set_), run_dir=run_dir, resume=resume)
     if not result.is_first:

@@ -116,8 +116,8 @@ class EmbeddingConfig(Section):
     )
     rows: Positive | None = Field(
         None,
-        description="Most rows in the device memory of one rank, of a table that is dynamic or has a tier. Unset: no "
-        "limit. With a tier these are the hot rows.",
+        description="Most rows in the device memory of one rank, of a table that is dynamic or has a tier; at least as "
+        "many as one step reads there, negatives included. Unset: no limit. With a tier these are the hot rows.",
     )
     eviction: Literal["none", "lru", "lfu"] = Field(
         "none",
