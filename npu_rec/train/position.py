@@ -74,8 +74,8 @@ def find_checkpoint(run: RunDirectory, resume: str | None) -> Path | None:
 
 # What may differ between a run and its continuation; anything else would make it a different run.
 _MAY_CHANGE = {
-    "name", "imports", "device", "parallel", "data.source", "data.dir", "ops", "eval.every", "eval.batch_size",
-    "embedding.placement", "embedding.replicas", "embedding.rows", "embedding.tier_path",
+    "name", "imports", "device", "parallel", "cluster", "data.source", "data.dir", "ops", "eval.every",
+    "eval.batch_size", "embedding.placement", "embedding.replicas", "embedding.rows", "embedding.tier_path",
     "embedding.engine", "train.epochs", "train.max_steps", "train.checkpoint_every", "train.keep_checkpoints",
     "train.early_stop", "train.init_from", "train.log_every", "train.profile", "train.recompute", "train.delta_every",
 }  # fmt: skip
