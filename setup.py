@@ -36,8 +36,8 @@ else:
 
 setup(
     packages=find_packages(include=["npu_rec", "npu_rec.*"]),
-    # npu_rec/configs is a link to configs/ at the top, so that the YAML files travel with the package
-    package_data={"npu_rec": ["configs/*.yaml", "configs/*/*.yaml"]},
+    # npu_rec/configs and npu_rec/launch are links to the folders at the top, so that these files travel with the package
+    package_data={"npu_rec": ["configs/*.yaml", "configs/*/*.yaml", "launch/*/*.j2", "launch/*/*.sh"]},
     ext_modules=extensions,
     cmdclass=commands,
 )

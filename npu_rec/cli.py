@@ -93,9 +93,17 @@ def train(
         typer.Option(help="`auto`: the newest checkpoint of the run directory, if any; or a checkpoint's path."),
     ] = None,
     run_dir: Annotated[Path | None, typer.Option(help="Folder of the run; runs/<name> by default.")] = None,
+    simulate_ranks: Annotated[
+        int | None,
+        typer.Option(min=1, help="Train nothing: build one of so many ranks, without data, and say what it needs."),
+    ] = None,
+    rank: Annotated[int, typer.Option(min=0, help="Which of them, from 0.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Train a model and test it."""
+    if simulate_ranks is not None:
+        _simulate(_load(config, set_), simulate_ranks, rank, as_json)
+        return
     from npu_rec.train import train as run_training
 
     if os.environ.get("RANK", "0") == "0":
@@ -122,6 +130,30 @@ def train(
         )
 
     _emit(as_json, document, show)
+
+
+def _simulate(config: Any, ranks: int, rank: int, as_json: bool) -> None:
+    from npu_rec.planning import show, simulate_rank
+
+    simulated, movements = simulate_rank(config, rank, ranks)
+    document = {
+        "simulated_ranks": ranks,
+        "rank": rank,
+        "memory": vars(simulated.memory),
+        "movements": [vars(movement) for movement in movements],
+        "tokens": simulated.tokens,
+        "flops": simulated.flops,
+    }
+
+    def display(console: Console) -> None:
+        console.print(
+            f"rank {rank} of {ranks:,}: {simulated.tokens:,} events and {simulated.flops:.3g} operations a step"
+        )
+        console.print(show.memory_table(simulated.memory))
+        if movements:
+            console.print(show.movements_table(movements))
+
+    _emit(as_json, document, display)
 
 
 @app.command()
@@ -352,6 +384,83 @@ def selftest(
     _emit(as_json, document, show)
     if counts["failed"]:
         raise TrainingError(f"{result.verdict}; the report is {out}")
+
+
+@app.command()
+def plan(
+    config: ConfigArgument,
+    cards: Annotated[int | None, typer.Option(min=1, help="Cards in all; those of `cluster:` by default.")] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Machines that they are in.")] = None,
+    memory: Annotated[str | None, typer.Option(help="Device memory of a card, such as 64GiB.")] = None,
+    length: Annotated[
+        int | None, typer.Option(help="Events of every sequence; model.max_seq_len by default, the most there can be.")
+    ] = None,
+    set_: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what each card of a cluster would hold and send, whether that fits, and what would make it fit."""
+    from npu_rec.planning import as_document, facts_of, machines_of, make_plan, show
+
+    loaded = _load(config, set_)
+    machines = machines_of(loaded, cards, nodes, memory)
+    made = make_plan(
+        loaded, facts_of(loaded), machines, length, tell=lambda line: print(line, file=sys.stderr, flush=True)
+    )
+
+    def display(console: Console) -> None:
+        console.print(show.headline(made))
+        console.print(show.memory_table(made.memory, made.communicators))
+        console.print(show.tables_table(made.tables))
+        if made.movements:
+            console.print(show.movements_table(made.movements))
+        console.print(show.verdict(made))
+        if made.changes:
+            console.print(show.changes_table(made))
+
+    _emit(as_json, as_document(made), display)
+
+
+@app.command()
+def launch(
+    config: ConfigArgument,
+    scheduler: Annotated[str, typer.Option(help="torchrun, slurm, volcano, ascendjob or modelarts.")],
+    set_: SetOption = None,
+    run_dir: Annotated[
+        Path | None, typer.Option(help="Folder of the run on the cluster; runs/<name> by default.")
+    ] = None,
+    resume: Annotated[
+        str, typer.Option(help="Only `auto`: every start goes on from the newest checkpoint, if any.")
+    ] = "auto",
+    node_rank: Annotated[
+        int | None, typer.Option(help="With torchrun: which of cluster.hosts this machine is, from 0.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be written and run.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Start training on the machines of `cluster:`."""
+    from npu_rec.config import load_config
+    from npu_rec.launching import render_launch, submit
+
+    if resume != "auto":
+        raise UserError(f"--resume {resume}: restarts would go back to it; start a run of its own with train.init_from")
+    _load(config, set_)  # every name in it, as `train` checks them
+    plan = render_launch(
+        load_config(config, set_),
+        config,
+        scheduler=scheduler,
+        overrides=set_ or [],
+        run_dir=run_dir,
+        node_rank=node_rank,
+        as_json=as_json,
+    )
+    answer = None if dry_run else submit(plan)
+    document = {
+        "scheduler": scheduler,
+        "files": {str(path): text for path, text in plan.files.items()},
+        "commands": plan.commands,
+        "answer": answer,
+    }
+    _emit(as_json, document, lambda console: print(plan.shown() if answer is None else answer))
 
 
 @app.command()

@@ -7,6 +7,7 @@ from npu_rec.config.compose import (
     find_config,
     load_config,
     load_resolved,
+    located,
     validate,
 )
 from npu_rec.config.schema import (
@@ -46,6 +47,7 @@ __all__ = [
     "find_config",
     "load_config",
     "load_resolved",
+    "located",
     "parse_bytes",
     "validate",
 ]

@@ -52,11 +52,11 @@ def _finish(raw: dict[str, Any], overrides: list[str] | None, origins: Origins) 
     return config
 
 
-def find_config(path: str | Path) -> Path:
-    """The file itself, or the one of that name shipped with the package."""
+def find_config(path: str | Path, folder: Path = Path()) -> Path:
+    """The file itself, seen from `folder`, or the one of that name shipped with the package."""
     path = Path(path)
-    if path.is_file():
-        return path
+    if (folder / path).is_file():
+        return folder / path
     parts = path.parts[1:] if path.parts[:1] == ("configs",) else path.parts
     packaged = PACKAGED_CONFIGS.joinpath(*parts)
     if parts and packaged.is_file():
@@ -119,6 +119,11 @@ def _origin(origins: Origins, key: Path_) -> str:
     while key and key not in origins:
         key = key[:-1]
     return origins.get(key, "configuration")
+
+
+def located(config: Config, key: str, message: str) -> ConfigError:
+    """The error of a value that is valid by itself but wrong for what is asked; names the file it came from."""
+    return ConfigError(f"{_origin(config.origins, tuple(key.split('.')))}: {key}: {message}")
 
 
 def _all_origins(origins: Origins) -> str:

@@ -27,6 +27,19 @@ from npu_rec.data.rows import Rows
 from npu_rec.errors import DataError
 
 
+@dataclass(frozen=True)
+class DataSize:
+    """What planning must know of a data set.
+
+    Attributes:
+        num_items: the largest item id; all ids from 1 on are items.
+        has_times: whether events have times.
+    """
+
+    num_items: int
+    has_times: bool
+
+
 @dataclass
 class RawData:
     """What a recipe reads.
@@ -75,6 +88,11 @@ class Recipe(ABC):
 
     def __init__(self, options: Any) -> None:
         self.options = options
+
+    @classmethod
+    def states(cls, options: Any) -> DataSize | None:
+        """The size of the data set where it is known without reading it; `npu-rec plan` then prepares nothing."""
+        return None
 
     def obtain(self, downloads: Path, log: Log) -> Path:
         """Get the publisher's files into the folder, verified, and return a file, a folder or an archive.

@@ -10,11 +10,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.rendezvous import rendezvous
 
 from npu_rec.device import Device
@@ -32,11 +33,14 @@ class World:
     """Some ranks, this process one of them. Without a group it is alone and collectives are the identity.
 
     Attributes:
+        real: whether the other ranks exist (`mirror.py` imagines them).
         rank, size: this process among them.
         group: moves tensors of the host (gloo) and of the device (gloo, nccl, hccl); None when alone.
         groups: the ranks of the whole world as `split` divided them; empty: this is the whole.
         watchdog: ends this process when a collective hangs; None when alone.
     """
+
+    real: ClassVar[bool] = True
 
     rank: int = 0
     size: int = 1
@@ -97,6 +101,19 @@ class World:
             rows.repeat(self.size, *[1] * (rows.dim() - 1)), [rows.shape[0]] * self.size, counts, what
         )
         return list(pieces.split(counts))
+
+    def mean(self, gradients: Tensor, dtype: torch.dtype | None) -> torch.futures.Future[Tensor]:
+        """`gradients`, in place, the mean over all ranks, summed in `dtype` (None: their own); a hook of DDP."""
+        sent = (gradients / self.size).to(gradients.dtype if dtype is None else dtype)
+        work = dist.all_reduce(sent, group=self.group, async_op=True)
+        assert work is not None
+        mean: torch.futures.Future[Tensor] = work.get_future().then(lambda _: gradients.copy_(sent))
+        return mean
+
+    def mesh(self, device_type: str) -> DeviceMesh:
+        """The ranks as FSDP2 wants them."""
+        assert self.group is not None
+        return DeviceMesh.from_group(self.group, device_type)
 
     def split(self, groups: Sequence[Sequence[int]]) -> World:
         """The world of the group that this rank is in.

@@ -58,8 +58,8 @@ class Seen:
 
     def __init__(self) -> None:
         self.map = KeyMap()
-        self.last_step = torch.zeros(0, dtype=torch.int64)
-        self.count = torch.zeros(0, dtype=torch.int64)
+        self.last_step = torch.zeros(0, dtype=torch.int64, device="cpu")
+        self.count = torch.zeros(0, dtype=torch.int64, device="cpu")
 
     def insert(self, ids: Tensor, last_step: Tensor | int = 0, count: Tensor | int = 0) -> Tensor:
         """Slots of distinct new `ids [N]`."""

@@ -132,7 +132,9 @@ class StaticTable(EmbeddingTable):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Give every row its initial value."""
+        """Give every row its initial value; without data (`meta`) there is nothing to do."""
+        if self.weight.is_meta:
+            return
         block = self.block
         for start in range(block.first_row, block.last_row, _ROWS_AT_ONCE):
             ids = torch.arange(start, min(start + _ROWS_AT_ONCE, block.last_row))

@@ -20,10 +20,15 @@ def ranks_of(scores: Tensor, targets: Tensor) -> Tensor:
         scores: `[B, C]`; items out of the ranking hold -inf.
         targets: `[B]` int64 column of the true item.
     """
-    own = scores.gather(1, targets.unsqueeze(1))
+    own = scores.gather(1, targets.unsqueeze(1)).squeeze(1)
     columns = torch.arange(scores.shape[1], device=scores.device)
-    not_ahead = (scores < own) | ((scores == own) & (columns >= targets.unsqueeze(1)))  # itself too, but for a NaN
-    return (~not_ahead).sum(1) + 1
+    return is_ahead(scores, columns, own, targets).sum(1) + 1
+
+
+def is_ahead(scores: Tensor, columns: Tensor, own: Tensor, targets: Tensor) -> Tensor:
+    """`[B, n]`: which of `scores [B, n]` of `columns [n]` come before each row's target, of score `own [B]`."""
+    own, targets = own.unsqueeze(1), targets.unsqueeze(1)
+    return ~((scores < own) | ((scores == own) & (columns >= targets)))  # not itself, but for a NaN
 
 
 def compute_metrics(ranks: Tensor, names: list[str]) -> dict[str, float]:

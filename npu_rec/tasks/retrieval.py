@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn.functional import pad, softplus
+from torch.nn.functional import softplus
 
 from npu_rec.config import Config, Section
 from npu_rec.data.batch import JaggedBatch
@@ -16,14 +16,16 @@ from npu_rec.distributed import World
 from npu_rec.distributed.context import ContextShard, context_shard, context_world
 from npu_rec.distributed.world import ALONE
 from npu_rec.errors import ConfigError
-from npu_rec.evaluation.ranking import compute_metrics, ranks_of
+from npu_rec.evaluation.ranking import compute_metrics
 from npu_rec.models.encoder import SequenceEncoder, unit
 from npu_rec.ops import sampled_softmax_loss
 from npu_rec.ops.jagged import offsets_to_lengths, position_of_token, sequence_of_token
 from npu_rec.ops.random import random_key
 from npu_rec.registry import options_of, register
 from npu_rec.tasks.catalogue import Catalogue
+from npu_rec.tasks.catalogue_part import CataloguePart
 from npu_rec.tasks.negatives import NegativeSampler, Strategy
+from npu_rec.tasks.scoring import Pairs, Scorer
 from npu_rec.tasks.task import DataFacts, Prepared, Task
 
 
@@ -54,7 +56,6 @@ class Retrieval(Task):
     def __init__(self, config: Config, options: Any, facts: DataFacts, world: World = ALONE) -> None:
         super().__init__(config, options, facts, world)
         self.options: RetrievalOptions = options
-        self._candidates: Tensor | None = None  # in evaluation: the catalogue's vectors, read once
         self.seed = config.train.seed
         self.backend = config.ops.sampled_softmax_loss
         self.encoder = SequenceEncoder(
@@ -76,6 +77,7 @@ class Retrieval(Task):
                 "time bias; set model.options.bias to position"
             )
         self.catalogue = Catalogue(facts.catalogue)
+        self.scorer = Scorer(CataloguePart(self.catalogue, self.tables, "items", world), world)
         counts = None if facts.item_counts is None else facts.item_counts[self.catalogue.all_items(torch.device("cpu"))]
         self.sampler = NegativeSampler(options.negatives, len(self.catalogue), counts, world.twin())
         log_q = self.sampler.log_q() if options.log_q else None
@@ -147,38 +149,32 @@ class Retrieval(Task):
         return softplus(-positive) + of_negatives
 
     def train(self, mode: bool = True) -> Retrieval:
-        self._candidates = None  # the catalogue's vectors hold until training goes on
+        self.scorer.part.forget()  # the catalogue's vectors hold until training goes on
         return super().train(mode)
 
-    def _catalogue_vectors(self, device: torch.device) -> Tensor:
-        """`[C, D]` of length 1."""
-        if self._candidates is None or self.training:
-            rows = self.tables.read("items", self.catalogue.all_items(device))
-            self._candidates = unit(rows.float())
-        return self._candidates
-
-    def _scores(self, batch: JaggedBatch) -> tuple[Tensor, Tensor]:
-        """Cosine similarities `[B, C]` of the user vectors, and which (user, column) pairs are taken out."""
-        candidates = self._catalogue_vectors(batch.item_ids.device)
+    def _users(self, batch: JaggedBatch) -> Tensor:
+        """`[B, E]` float32 of length 1; zeros where there is no history."""
+        if self.training:
+            self.scorer.part.forget()
         vectors = self.tables.read("items", batch.item_ids)
         hidden = self.encoder(batch.item_ids, batch.offsets, batch.times, batch.next_times, None, vectors)
         users = hidden.new_zeros(batch.sequence_ids.shape[0], hidden.shape[1])
         some = offsets_to_lengths(batch.offsets) > 0
         users[some] = hidden[batch.offsets[1:][some] - 1]
-        with torch.autocast(users.device.type, enabled=False):  # in bfloat16 near items would tie
-            scores = unit(users.float()) @ candidates.T
-        removed = torch.zeros_like(scores, dtype=torch.bool)
-        if batch.removed is not None and batch.removed_offsets is not None:
-            columns = self.catalogue.column(batch.removed)
-            rows = sequence_of_token(batch.removed_offsets, columns.shape[0])
-            removed[rows[columns >= 0], columns[columns >= 0]] = True
-        return scores, removed
+        return unit(users.float())
+
+    def _removed(self, batch: JaggedBatch) -> Pairs:
+        """What leaves the ranking of each sequence."""
+        if batch.removed is None or batch.removed_offsets is None:
+            return Pairs(batch.offsets[:0], batch.offsets[:0])
+        columns = self.catalogue.column(batch.removed)
+        rows = sequence_of_token(batch.removed_offsets, columns.shape[0])
+        return Pairs(rows[columns >= 0], columns[columns >= 0])
 
     def ranks(self, batch: JaggedBatch) -> Tensor:
         """Rank, from 1, of each held-out item, `[B]`; it stays in the ranking even where the history contains it."""
-        scores, removed = self._scores(batch)
         targets = self.catalogue.column(batch.next_ids[batch.offsets[1:] - 1])
-        return ranks_of(scores.masked_fill_(removed.scatter_(1, targets.unsqueeze(1), False), float("-inf")), targets)
+        return self.scorer.ranks(self._users(batch), targets, self._removed(batch))
 
     def observe(self, batch: JaggedBatch) -> Tensor:
         return self.ranks(batch)
@@ -187,11 +183,8 @@ class Retrieval(Task):
         return compute_metrics(observed, names)
 
     def top_k(self, batch: JaggedBatch, k: int) -> tuple[Tensor, Tensor]:
-        scores, removed = self._scores(batch)
-        best = scores.masked_fill_(removed, float("-inf")).topk(min(k, scores.shape[1]), dim=1)
-        ids = torch.where(best.values.isfinite(), self.catalogue.items(best.indices), 0)
-        beyond = (0, k - ids.shape[1])
-        return pad(ids, beyond), pad(best.values, beyond, value=float("-inf"))
+        columns, scores = self.scorer.top_k(self._users(batch), k, self._removed(batch))
+        return torch.where(scores.isfinite(), self.catalogue.items(columns), 0), scores
 
     def flops(self, lengths: Tensor) -> float:
         loss = 2.0 * self.encoder.items.spec.dim * (self.options.num_negatives + 1)

@@ -46,7 +46,7 @@ def _all_sequences(
     """`observe` of every sequence of a split, in its order, on the host; each rank works on its part."""
     world, size = task.world, config.eval.batch_size
     own = np.arange(world.rank, len(split), world.size)
-    batches = -(-len(split) // (size * world.size))  # the same on all ranks: lookups are collective
+    batches = -(-len(split) // (size * world.size))  # the same on all ranks: lookups and scores are collective
     parts = []
     for batch in range(batches):
         rows = own[batch * size : (batch + 1) * size]

@@ -6,9 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
@@ -52,23 +50,17 @@ class DenseParallel:
         ignored = [f"task.{name}" for name, p in task.named_parameters() if p in apart]
         ignored += [f"task.{name}" for name, _ in task.named_buffers()]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(step, ignored)
-        self._ddp = DistributedDataParallel(step, process_group=world.group, find_unused_parameters=not all_used)
-        if config.reduce == "bf16":
-            self._ddp.register_comm_hook(world, lambda world, bucket: _mean_in_bf16(world, bucket.buffer()))
+        self._ddp = DistributedDataParallel(
+            step, process_group=world.group, find_unused_parameters=not all_used, init_sync=world.real
+        )
+        if config.reduce == "bf16" or not world.real:  # PyTorch's own hook for bf16 is for nccl alone
+            dtype = torch.bfloat16 if config.reduce == "bf16" else None
+            self._ddp.register_comm_hook(world, lambda world, bucket: world.mean(bucket.buffer(), dtype))
         self.loss = self._ddp
 
     def more_follows(self) -> AbstractContextManager[None]:
         """Around a batch whose gradients are added to those of the next before they are exchanged."""
         return nullcontext() if self._ddp is None else self._ddp.no_sync()
-
-
-def _mean_in_bf16(world: World, gradients: Tensor) -> torch.futures.Future[Tensor]:
-    """The mean of a bucket of gradients over the ranks; PyTorch's own hook is for nccl alone."""
-    half = (gradients / world.size).to(torch.bfloat16)
-    work = dist.all_reduce(half, group=world.group, async_op=True)
-    assert work is not None
-    mean: torch.futures.Future[Tensor] = work.get_future().then(lambda _: gradients.copy_(half))
-    return mean
 
 
 class _Step(nn.Module):
@@ -83,8 +75,7 @@ class _Step(nn.Module):
 
 
 def _shard(task: Task, config: ParallelConfig, world: World, device: Device, apart: set[nn.Parameter]) -> None:
-    assert world.group is not None
-    mesh = DeviceMesh.from_group(world.group, device.torch_device.type)
+    mesh = world.mesh(device.torch_device.type)
     policy = MixedPrecisionPolicy(reduce_dtype=torch.bfloat16 if config.reduce == "bf16" else None)
     for module in task.modules():
         if isinstance(module, Backbone):

@@ -10,7 +10,7 @@ import polars as pl
 from pydantic import Field, model_validator
 
 from npu_rec.config import Positive, Section
-from npu_rec.data.recipe import RawData, Recipe
+from npu_rec.data.recipe import DataSize, RawData, Recipe
 from npu_rec.data.rows import Rows
 from npu_rec.data.store import Int64Array
 from npu_rec.registry import register
@@ -71,6 +71,10 @@ class Synthetic(Recipe):
         order = np.argsort(self.category, kind="stable")
         self._ids = order + 1  # by category, ascending within
         self._start = np.searchsorted(self.category[order], np.arange(options.categories))  # [categories]
+
+    @classmethod
+    def states(cls, options: SyntheticOptions) -> DataSize:
+        return DataSize(options.items, has_times=True)
 
     def read(self, source: Path, rows: Rows) -> RawData:
         options = self.options
