@@ -199,6 +199,13 @@ def test_scores_far_apart_and_far_from_zero(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ALL)
+def test_a_token_that_sees_itself_alone_has_no_gradient_of_scores(backend: str) -> None:
+    results = AttentionCase((1, 1), bias="time").run_softmax(backend, place_for(backend))
+    for name in ("q", "k", "position_weight", "time_weight"):
+        assert not results[name].any(), name
+
+
+@pytest.mark.parametrize("backend", ALL)
 def test_later_tokens_and_other_candidates_do_not_reach_a_row(backend: str) -> None:
     place = place_for(backend)
     case = AttentionCase((136,), (66,), 136, bias="position")

@@ -6,6 +6,8 @@ arXiv 1805.02867). The backward pass runs it again, for nothing but q, k and v i
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -35,20 +37,28 @@ class _SoftmaxWork(Work):
         scores.masked_fill_(~(present if mask is None else mask & present), float("-inf"))
         return scores, position_index, time_index
 
-    def kept(self, tiles: Tiles) -> Tensor | None:
-        """Multipliers `[G, H, BLOCK, BLOCK]` of the weights, or None without dropout."""
+    def dropped(self, tiles: Tiles, weights: Tensor) -> Tensor:
+        """`weights [G, H, BLOCK, BLOCK]`, or their gradient, times the multipliers of dropout."""
         if self.dropout_keys is None:
-            return None
+            return weights
         keys = self.dropout_keys[tiles.query].transpose(1, 2)
-        return dropout_scale_at(keys, tiles.places[:, None, None, :], self.probability).to(self.dtype)
+        return weights * dropout_scale_at(keys, tiles.places[:, None, None, :], self.probability).to(self.dtype)
 
 
-def _attend(work: _SoftmaxWork) -> tuple[Tensor, Tensor]:
-    """Outputs `[T + 1, H, Dv]` and the logarithm of each row's sum of exponentials `[T + 1, H]`, with the zero row."""
+def _averages(
+    work: _SoftmaxWork, width: int, terms: Callable[[Tiles, Tensor, Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Sums over the keys of a row, weighted by the softmax, and the logarithm of the row's sum of exponentials.
+
+    Args:
+        terms: of a tile, its exponentials `[G, H, BLOCK, BLOCK]` and values, to what is summed, `[G, H, BLOCK, width]`.
+
+    Returns:
+        `[T + 1, H, width]` and `[T + 1, H]`; the zero row has no meaning.
+    """
     rows, heads = work.q.shape[0], work.request.q.shape[1]
     peak = work.q.new_full((rows, heads), torch.finfo(work.dtype).min)
-    total = work.q.new_zeros(rows, heads, 1)
-    out = work.v.new_zeros(rows, heads, work.request.v.shape[2])
+    total, sums = work.q.new_zeros(rows, heads, 1), work.q.new_zeros(rows, heads, width)
     for tiles in tiles_of(work.request):
         q, k, v = work.heads(work.q, tiles.query), work.heads(work.k, tiles.key), work.heads(work.v, tiles.key)
         scores, _, _ = work.visible_scores(tiles, q, k)
@@ -56,10 +66,9 @@ def _attend(work: _SoftmaxWork) -> tuple[Tensor, Tensor]:
         after = torch.maximum(before, scores.amax(3))
         weights, fade = scores.sub_(after.unsqueeze(3)).exp_(), (before - after).exp_()
         _add_faded(total, tiles.query, fade, weights.sum(3, keepdim=True))
-        kept = work.kept(tiles)
-        _add_faded(out, tiles.query, fade, torch.matmul(weights if kept is None else weights.mul_(kept), v))
+        _add_faded(sums, tiles.query, fade, terms(tiles, weights, v))
         peak[tiles.query.flatten()] = after.transpose(1, 2).flatten(0, 1)
-    return out / total, peak + total.squeeze(2).log()
+    return sums / total, peak + total.squeeze(2).log()
 
 
 def _add_faded(sums: Tensor, rows: Tensor, fade: Tensor, tile: Tensor) -> None:
@@ -70,30 +79,34 @@ def _add_faded(sums: Tensor, rows: Tensor, fade: Tensor, tile: Tensor) -> None:
 
 def forward(request: SoftmaxAttentionRequest) -> Tensor:
     """`[T, H, Dv]`."""
-    out, _ = _attend(_SoftmaxWork(request))
+    work = _SoftmaxWork(request)
+
+    def values(tiles: Tiles, weights: Tensor, v: Tensor) -> Tensor:
+        return torch.matmul(work.dropped(tiles, weights), v)
+
+    out, _ = _averages(work, request.v.shape[2], values)
     return out[:-1].to(request.v.dtype)
 
 
 def backward(request: SoftmaxAttentionRequest, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of q, k, v, position_weight, time_weight."""
     work = _SoftmaxWork(request)
-    out, log_sum = _attend(work)
     grad_padded = work.padded(grad)
-    along = (grad_padded.view_as(out) * out).sum(2)
-    along[-1], log_sum[-1] = 0.0, float("inf")  # no weights, no gradients for missing queries
+
+    def of_weights(tiles: Tiles, v: Tensor) -> Tensor:
+        return work.dropped(tiles, torch.matmul(work.heads(grad_padded, tiles.query), v.transpose(2, 3)))
+
+    # sum_j w_j dw_j: of the output and its gradient it would be the same, but for rounding
+    average, log_sum = _averages(work, 1, lambda tiles, w, v: w.mul_(of_weights(tiles, v)).sum(3, keepdim=True))
+    average[-1], log_sum[-1] = 0.0, float("inf")  # no weights, no gradients for missing queries
     dq, dk, dv, d_position, d_time = work.zeros()
     for tiles in tiles_of(request):
         q, k, v = work.heads(work.q, tiles.query), work.heads(work.k, tiles.key), work.heads(work.v, tiles.key)
         d_out = work.heads(grad_padded, tiles.query)
         scores, position_index, time_index = work.visible_scores(tiles, q, k)
         weights = scores.sub_(log_sum[tiles.query].transpose(1, 2).unsqueeze(3)).exp_()
-        kept, d_weights = work.kept(tiles), torch.matmul(d_out, v.transpose(2, 3))
-        if kept is not None:
-            d_weights *= kept
-        d_scores = d_weights.sub_(along[tiles.query].transpose(1, 2).unsqueeze(3)).mul_(weights)
-        if kept is not None:
-            weights *= kept
-        add_rows(dv, tiles.key, torch.matmul(weights.transpose(2, 3), d_out))
+        d_scores = of_weights(tiles, v).sub_(average[tiles.query].transpose(1, 2)).mul_(weights)
+        add_rows(dv, tiles.key, torch.matmul(work.dropped(tiles, weights).transpose(2, 3), d_out))
         add_rows(dq, tiles.query, torch.matmul(d_scores, k))
         add_rows(dk, tiles.key, torch.matmul(d_scores.transpose(2, 3), q))
         if d_position is not None and position_index is not None:
