@@ -297,9 +297,20 @@ def test_an_unknown_purpose_raises_key_error() -> None:
         random_key(0, "lottery", torch.tensor(0))
 
 
-@pytest.mark.parametrize("high", [0, -1, 2**31])
+@pytest.mark.parametrize("high", [2**31, 8 * 10**9, 2**61 - 1])
+def test_integers_of_a_large_range_are_spread_over_all_of_it(high: int) -> None:
+    drawn = random_integers(keys_of(2000), 10, high)
+    assert drawn.dtype == torch.int64
+    assert 0 <= int(drawn.min()) < high / 500
+    assert high * (1 - 1 / 500) < int(drawn.max()) < high
+    assert abs(float(drawn.double().mean()) / high - 0.5) < 0.01
+    assert len(drawn.unique()) > 0.999 * drawn.numel()
+    assert torch.equal(random_integers(keys_of(2000), 3, high), drawn[:, :3])
+
+
+@pytest.mark.parametrize("high", [0, -1, 2**61])
 def test_a_range_that_cannot_be_drawn_from_raises_value_error(high: int) -> None:
-    with pytest.raises(ValueError, match=f"high must be in 1..2.31 - 1, got {high}"):
+    with pytest.raises(ValueError, match=f"high must be in 1..2.61 - 1, got {high}"):
         random_integers(torch.tensor([0]), 1, high)
 
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from strategies import generator, normal, one_thread  # noqa: F401
 from torch import Tensor
 
@@ -19,8 +21,9 @@ from npu_rec.errors import ConfigError
 from npu_rec.ops import RowOptimizer
 from npu_rec.ops.jagged import lengths_to_offsets, position_of_token, sequence_of_token
 from npu_rec.ops.random import random_key
-from npu_rec.registry import resolve
+from npu_rec.registry import options_of, resolve
 from npu_rec.tasks import DataFacts, Retrieval, build_task, retrieval
+from npu_rec.tasks.catalogue import Catalogue
 from npu_rec.tasks.negatives import NegativeSampler
 
 CATALOGUE = [2, 3, 5, 7, 11, 13, 17, 19, 23, 29]  # of ids up to 30
@@ -266,6 +269,53 @@ def test_columns_of_the_catalogue() -> None:
     assert catalogue.column(torch.tensor([0, 1, 30])).tolist() == [-1, -1, -1]
 
 
+@given(st.integers(1, 50), st.lists(st.integers(-3, 60), max_size=20))
+def test_a_range_of_ids_is_a_catalogue_like_any_other(size: int, ids: list[int]) -> None:
+    ranged, listed = Catalogue(range(1, size + 1)), Catalogue(torch.arange(1, size + 1))
+    wanted = torch.tensor(ids, dtype=torch.int64)
+    assert len(ranged) == len(listed) == size
+    assert torch.equal(ranged.column(wanted), listed.column(wanted))
+    assert torch.equal(ranged.all_items(torch.device("cpu")), listed.all_items(torch.device("cpu")))
+    columns = torch.arange(size)
+    assert torch.equal(ranged.items(columns), listed.items(columns))
+
+
+def test_a_range_of_ids_trains_like_a_list_of_them() -> None:
+    about = {"num_items": 30, "item_counts": None}
+    batch, losses = batch_of(), []
+    for catalogue in (range(1, 31), torch.arange(1, 31)):
+        losses.append(loss_of(task_of(about=facts(**about, catalogue=catalogue)), batch, 0)[0])
+    assert torch.equal(losses[0], losses[1])
+
+
+def test_only_what_draws_by_popularity_counts_items() -> None:
+    wanted = {("uniform", False): False, ("in_batch", True): True, ("popularity", False): True}
+    for (negatives, log_q), needed in wanted.items():
+        options = config_of(negatives=negatives, log_q=log_q)
+        assert Retrieval.needs_item_counts(options_of(options, "task")) == needed
+
+
+# --- rows of another width than the model
+
+
+def test_rows_of_another_width_are_projected_in_and_out() -> None:
+    config = config_of()
+    config.embedding.dim = 5
+    encoder = build_task(config, facts()).encoder
+    assert encoder.items.weight.shape == (31, 5)
+    batch = batch_of()
+    hidden = encoder(batch.item_ids, batch.offsets, batch.times, batch.next_times)
+    assert hidden.shape == (batch.tokens, 5)
+    rows = encoder.items.weight[batch.item_ids] * 5**0.5
+    plain = build_task(config_of(), facts()).encoder  # the model between the two maps
+    plain.load_state_dict({n: x for n, x in encoder.state_dict().items() if "items" not in n}, strict=False)
+    inputs = rows @ encoder.project_in.weight.T / plain.scale
+    between = plain(batch.item_ids, batch.offsets, batch.times, batch.next_times, None, inputs)
+    torch.testing.assert_close(hidden, between @ encoder.project_out.weight.T)
+    n = torch.tensor([3, 4])
+    assert encoder.flops(n) == plain.flops(n) + 2 * 2 * 5 * 8 * 7
+
+
 # --- negatives
 
 
@@ -274,7 +324,7 @@ def frequencies(sampler: NegativeSampler, in_batch: list[int]) -> Tensor:
     columns = sampler.draw(keys, 50, torch.tensor(in_batch))
     assert columns.shape == (2000, 50)
     assert columns.dtype == torch.int64
-    return torch.bincount(columns.flatten(), minlength=len(sampler.counts)) / columns.numel()
+    return torch.bincount(columns.flatten(), minlength=sampler.size) / columns.numel()
 
 
 @pytest.mark.parametrize(
@@ -286,7 +336,7 @@ def frequencies(sampler: NegativeSampler, in_batch: list[int]) -> Tensor:
     ],
 )
 def test_negatives_are_distributed_as_said(strategy: Any, in_batch: list[int], expected: list[int]) -> None:
-    found = frequencies(NegativeSampler(strategy, torch.tensor([4, 0, 1, 0, 5])), in_batch)
+    found = frequencies(NegativeSampler(strategy, 5, torch.tensor([4, 0, 1, 0, 5])), in_batch)
     wanted = torch.tensor(expected) / sum(expected)
     assert not found[wanted == 0].any()
     torch.testing.assert_close(found, wanted, rtol=0, atol=0.008)  # five deviations of 100,000 draws
@@ -294,9 +344,10 @@ def test_negatives_are_distributed_as_said(strategy: Any, in_batch: list[int], e
 
 def test_popularity_survives_more_events_than_a_draw_has_values() -> None:
     counts = torch.tensor([3 * 2**31, 0, 1, 2**31])
-    found = frequencies(NegativeSampler("popularity", counts), [])
+    found = frequencies(NegativeSampler("popularity", 4, counts), [])
     torch.testing.assert_close(found, torch.tensor([0.75, 0, 0, 0.25]), rtol=0, atol=0.008)
-    assert NegativeSampler("popularity", counts).cumulative.diff().tolist()[:2] == [0, 1]  # the rare item can be drawn
+    rare = NegativeSampler("popularity", 4, counts).cumulative.diff().tolist()[:2]
+    assert rare == [0, 1]  # the rare item can be drawn
 
 
 def test_negatives_stay_in_a_catalogue_smaller_than_the_id_range(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,7 +364,7 @@ def test_negatives_stay_in_a_catalogue_smaller_than_the_id_range(monkeypatch: py
 
 
 def test_log_q_is_the_share_of_training_events() -> None:
-    sampler = NegativeSampler("popularity", torch.tensor([4, 0, 1, 0, 5]))
+    sampler = NegativeSampler("popularity", 5, torch.tensor([4, 0, 1, 0, 5]))
     torch.testing.assert_close(sampler.log_q().exp()[[0, 2, 4]], torch.tensor([0.4, 0.1, 0.5]))
     assert sampler.log_q().isfinite().all()
 

@@ -38,7 +38,7 @@ def of_lengths(lengths: Tensor, max_seq_len: int, device: Device, repeats: int) 
         For each way to share two rows: the slowest rank, with the estimated imbalance in its shape, and the mean of
         all. A step of training takes as long as the former; speedups are against the slowest rank of sharing in order.
     """
-    facts = DataFacts(ITEMS, torch.arange(1, ITEMS + 1), torch.ones(ITEMS + 1, dtype=torch.int64), True)
+    facts = DataFacts(ITEMS, range(1, ITEMS + 1), None, True)
     config = resolve(Config(model=ModelConfig(max_seq_len=max_seq_len)))
     task = build_task(config, facts).to(device.torch_device)
     cost = SequenceCost.from_flops(task.flops)

@@ -58,7 +58,9 @@ class ModelConfig(Section):
     """The sequence model."""
 
     backbone: str = Field("hstu", description="A registered backbone.")
-    embedding_dim: Positive = Field(50, description="Width D of item vectors and of the residual stream.")
+    embedding_dim: Positive = Field(
+        50, description="Width D of the residual stream, and of item vectors unless `embedding.dim` is set."
+    )
     num_blocks: Positive = Field(2, description="Layers.")
     num_heads: Positive = Field(1, description="Attention heads H.")
     attention_dim: Positive = Field(50, description="Width of a query or key head (d_qk).")
@@ -82,6 +84,11 @@ class EmbeddingConfig(Section):
         description="`dense`: an ordinary parameter under AdamW, as Meta trains. The others update the rows that a "
         "batch touches during the backward pass, without a gradient of the table; `train.betas` and `train.eps` hold "
         "for them, weight decay does not.",
+    )
+    dim: Positive | None = Field(
+        None,
+        description="Width of the rows. Unset: `model.embedding_dim`. Otherwise a linear map brings them to the width "
+        "of the model, and another brings its outputs back, to be compared with item vectors.",
     )
     lr: float | None = Field(
         None, gt=0, description="Peak learning rate of the rows, on the schedule of `train.lr`; None: `train.lr`."

@@ -22,10 +22,11 @@ INPUT_DROPOUT = -1  # part of the dropout key; layers count from 0
 class SequenceEncoder(nn.Module):
     """`x_i = dropout(E[id_i] * sqrt(D) + P[i])`, zero where id is 0, through the backbone.
 
-    Equations of HSTU, arXiv 2402.17152, as in Meta's research code.
+    Equations of HSTU, arXiv 2402.17152, as in Meta's research code. With rows of another width E than the model's D
+    (`embedding.dim`), `x_i = dropout(W_in E[id_i] * sqrt(E) + P[i])`, and the hidden states are `W_out h_i`.
 
     Attributes:
-        tables: `items`, the rows `[num_items + 1, D]`, wherever they are.
+        tables: `items`, the rows `[num_items + 1, E]`, wherever they are.
     """
 
     def __init__(
@@ -43,10 +44,16 @@ class SequenceEncoder(nn.Module):
         backbone = lookup("model", config.backbone).target
         self.max_seq_len = config.max_seq_len + config.max_output_len
         self.input_dropout = config.input_dropout
-        self.scale = config.embedding_dim**0.5
-        spec = TableSpec("items", num_items + 1, config.embedding_dim, seed)
-        self.tables = build_tables([spec], embedding or EmbeddingConfig(), ops.embedding_lookup, world)
+        embedding = embedding or EmbeddingConfig()
+        width = embedding.dim or config.embedding_dim
+        self.scale = width**0.5
+        spec = TableSpec("items", num_items + 1, width, seed)
+        self.tables = build_tables([spec], embedding, ops.embedding_lookup, world)
         self.items = self.tables.tables["items"]
+        self.project_in = self.project_out = None
+        if width != config.embedding_dim:
+            self.project_in = _projection(width, config.embedding_dim)
+            self.project_out = _projection(config.embedding_dim, width)
         self.positions: nn.Parameter | None = None
         if backbone.learned_positions:
             self.positions = nn.Parameter(torch.empty(self.max_seq_len, config.embedding_dim))
@@ -63,30 +70,44 @@ class SequenceEncoder(nn.Module):
         vectors: Tensor | None = None,
         context: ContextShard | None = None,
     ) -> Tensor:
-        """Hidden states `[T, D]`.
+        """Hidden states `[T, E]`, of the width of the rows.
 
         Args:
             item_ids: `[T]` int64; 0 is padding and yields a zero input.
             offsets: `[B + 1]` int64; no sequence longer than N.
             times, query_times: `[T]` int64 seconds of each event and of the one after it, or None.
             dropout_keys: `[T]` int64 in training, None otherwise.
-            vectors: `[T, D]` rows of `item_ids`, looked up by a plan or read; None where this process has all rows.
+            vectors: `[T, E]` rows of `item_ids`, looked up by a plan or read; None where this process has all rows.
             context: with context parallel, what the tokens given, and all the arguments, are of their sequences.
         """
         layout = Layout(offsets, self.max_seq_len, times, query_times, None, dropout_keys, context)
         x = (self.items(item_ids) if vectors is None else vectors) * self.scale
+        if self.project_in is not None:
+            x = self.project_in(x)
         if self.positions is not None:
             x = x + self.positions[layout.positions(item_ids.shape[0])]
         x = dropout(x, self.input_dropout, layout.keys_for(INPUT_DROPOUT))
         x = x * (item_ids != 0).unsqueeze(1)
         hidden: Tensor = self.backbone(x, layout)
-        return hidden
+        return hidden if self.project_out is None else self.project_out(hidden)
 
     def encode(
         self, item_ids: Tensor, offsets: Tensor, times: Tensor | None = None, next_times: Tensor | None = None
     ) -> Tensor:
-        """User vectors `[T, D]` of length 1, without dropout; arguments as in `forward`."""
+        """User vectors `[T, E]` of length 1, without dropout; arguments as in `forward`."""
         return unit(self(item_ids, offsets, times, next_times))
+
+    def flops(self, lengths: Tensor) -> float:
+        """Floating-point operations of one forward pass over sequences of `lengths [B]`."""
+        maps = [m for m in (self.project_in, self.project_out) if m is not None]
+        return self.backbone.flops(lengths) + sum(2.0 * m.weight.numel() for m in maps) * float(lengths.sum())
+
+
+def _projection(width: int, to: int) -> nn.Linear:
+    """A linear map that keeps the size of numbers."""
+    linear = nn.Linear(width, to, bias=False)
+    nn.init.normal_(linear.weight, std=width**-0.5)
+    return linear
 
 
 def unit(x: Tensor) -> Tensor:

@@ -89,11 +89,18 @@ def random_uniform(keys: Tensor, count: int) -> Tensor:
 
 
 def random_integers(keys: Tensor, count: int, high: int) -> Tensor:
-    """`keys [...]` -> `[..., count]` int64, uniform in 0..high-1 (high below 2^31; bias below high / 2^32)."""
-    if not 1 <= high < 2**31:
-        raise ValueError(f"high must be in 1..2^31 - 1, got {high}")
-    bits = random_bits(keys, count).to(torch.int64) & 0xFFFFFFFF
-    return (bits * high) >> 32
+    """`keys [...]` -> `[..., count]` int64, uniform in 0..high-1.
+
+    For high below 2^31 from 32 bits, with a bias below high / 2^32; else from 62 bits (high / 2^62).
+    """
+    if not 1 <= high < 2**61:
+        raise ValueError(f"high must be in 1..2^61 - 1, got {high}")
+    if high < 2**31:
+        bits = random_bits(keys, count).to(torch.int64) & 0xFFFFFFFF
+        return (bits * high) >> 32
+    upper, lower = (random_bits(keys, 2 * count).to(torch.int64) & 0x7FFFFFFF).unflatten(-1, (count, 2)).unbind(-1)
+    drawn: Tensor = ((upper << 31) | lower) % high
+    return drawn
 
 
 def random_truncated_normal(keys: Tensor, count: int, std: float) -> Tensor:

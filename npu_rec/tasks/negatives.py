@@ -23,15 +23,15 @@ class NegativeSampler:
     popularity: in proportion to the occurrences in training.
 
     Args:
-        counts: `[C]` int64 occurrences of the catalogue's items in training.
+        size: C, items of the catalogue.
+        counts: `[C]` int64 occurrences of them in training; `popularity` and `log_q` need them.
         world: the ranks that share a global batch; `draw` is collective for in_batch.
     """
 
-    def __init__(self, strategy: Strategy, counts: Tensor, world: World = ALONE) -> None:
-        self.world = world
-        self.strategy = strategy
-        self.counts = counts
+    def __init__(self, strategy: Strategy, size: int, counts: Tensor | None = None, world: World = ALONE) -> None:
+        self.strategy, self.size, self.counts, self.world = strategy, size, counts, world
         if strategy == "popularity":
+            assert counts is not None
             total = int(counts.sum())
             if total == 0:
                 raise ConfigError("task.options.negatives: popularity needs training events")
@@ -42,7 +42,7 @@ class NegativeSampler:
     def draw(self, keys: Tensor, count: int, in_batch: Tensor) -> Tensor:
         """`keys [T]` -> `[T, count]` int64 columns; `in_batch [T]` are the columns of the batch's items."""
         if self.strategy == "uniform":
-            return random_integers(keys, count, self.counts.shape[0])
+            return random_integers(keys, count, self.size)
         if self.strategy == "in_batch":
             shares = self.world.all_gather_rows(torch.unique(in_batch), "items of the global batch")
             distinct = torch.unique(torch.cat(shares))
@@ -62,4 +62,5 @@ class NegativeSampler:
         """
         if self.strategy == "uniform":
             raise ConfigError("task.options.log_q: uniform negatives need no correction; set negatives or leave it out")
+        assert self.counts is not None
         return torch.log(self.counts.clamp_min(1).double() / self.counts.sum()).float()

@@ -47,6 +47,10 @@ class Retrieval(Task):
     takes_context = True
     log_q: Tensor | None  # [C]
 
+    @classmethod
+    def needs_item_counts(cls, options: Any) -> bool:
+        return bool(options.negatives == "popularity" or options.log_q)
+
     def __init__(self, config: Config, options: Any, facts: DataFacts, world: World = ALONE) -> None:
         super().__init__(config, options, facts, world)
         self.options: RetrievalOptions = options
@@ -72,7 +76,8 @@ class Retrieval(Task):
                 "time bias; set model.options.bias to position"
             )
         self.catalogue = Catalogue(facts.catalogue)
-        self.sampler = NegativeSampler(options.negatives, facts.item_counts[facts.catalogue], world.twin())
+        counts = None if facts.item_counts is None else facts.item_counts[self.catalogue.all_items(torch.device("cpu"))]
+        self.sampler = NegativeSampler(options.negatives, len(self.catalogue), counts, world.twin())
         log_q = self.sampler.log_q() if options.log_q else None
         self.register_buffer("log_q", log_q, persistent=False)
 
@@ -190,7 +195,7 @@ class Retrieval(Task):
 
     def flops(self, lengths: Tensor) -> float:
         loss = 2.0 * self.encoder.items.spec.dim * (self.options.num_negatives + 1)
-        return self.encoder.backbone.flops(lengths) + loss * float(lengths.sum())
+        return self.encoder.flops(lengths) + loss * float(lengths.sum())
 
 
 def _tokens(batch: JaggedBatch, context: ContextShard | None) -> tuple[Tensor, Tensor]:

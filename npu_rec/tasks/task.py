@@ -26,14 +26,15 @@ class DataFacts:
 
     Attributes:
         num_items: the largest item id.
-        catalogue: `[C]` int64, ascending: the items that are ranked and drawn as negatives.
-        item_counts: `[num_items + 1]` int64, occurrences in training.
+        catalogue: the items that are ranked and drawn as negatives, `[C]` int64, ascending; a range from 1 on where
+            they are all the ids there are.
+        item_counts: `[num_items + 1]` int64, occurrences in training; None where the task does not need them.
         has_times: whether events have times.
     """
 
     num_items: int
-    catalogue: Tensor
-    item_counts: Tensor
+    catalogue: Tensor | range
+    item_counts: Tensor | None
     has_times: bool
 
 
@@ -81,6 +82,11 @@ class Task(nn.Module, ABC):
     def __init__(self, config: Config, options: Any, facts: DataFacts, world: World = ALONE) -> None:
         super().__init__()
         self.world = world
+
+    @classmethod
+    def needs_item_counts(cls, options: Any) -> bool:
+        """Whether `DataFacts.item_counts` must be there; 8 bytes for every id up to the largest."""
+        return True
 
     @abstractmethod
     def prepare(self, batch: JaggedBatch, epoch: int) -> Prepared:

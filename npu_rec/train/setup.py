@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
+from torch import Tensor
 
 from npu_rec.config import Config, load_config
 from npu_rec.data import SequenceStore, prepare
@@ -14,7 +16,7 @@ from npu_rec.device import Device, get_device
 from npu_rec.errors import DataError
 from npu_rec.evaluation import compute_metrics
 from npu_rec.ops import OPERATORS
-from npu_rec.registry import resolve
+from npu_rec.registry import lookup, options_of, resolve
 from npu_rec.tasks import DataFacts
 
 
@@ -55,10 +57,17 @@ def open_data(config: Config) -> RunData:
             raise DataError(
                 f"{config.data.name}: no sequence is long enough for the {name} split of {config.eval.protocol}"
             )
+    counted = lookup("task", config.task.name).target.needs_item_counts(options_of(config, "task"))
     facts = DataFacts(
         num_items=store.num_items,
-        catalogue=torch.from_numpy(store.catalogue(config.data.catalogue).copy()),
-        item_counts=torch.from_numpy(train_item_counts(splits["train"], store.num_items)),
+        catalogue=_catalogue(store, config.data.catalogue),
+        item_counts=torch.from_numpy(train_item_counts(splits["train"], store.num_items)) if counted else None,
         has_times=store.has_times,
     )
     return RunData(path, store, splits, facts)
+
+
+def _catalogue(store: SequenceStore, which: Literal["all", "seen"]) -> Tensor | range:
+    items = store.catalogue(which)
+    every = len(items) == store.num_items  # ascending, from 1 on
+    return range(1, store.num_items + 1) if every else torch.from_numpy(items.copy())

@@ -113,8 +113,9 @@ def checkpoint_snapshot(
         state: what fits into JSON: step, position in the data, counters.
     """
     full = {"format": FORMAT, "num_items": facts.num_items, "has_times": facts.has_times, **state}
+    known = {"facts.catalogue": facts.catalogue, "facts.item_counts": facts.item_counts}
     return Snapshot(
-        tensors={**tensors, "facts.catalogue": facts.catalogue, "facts.item_counts": facts.item_counts},
+        tensors={**tensors, **{name: value for name, value in known.items() if isinstance(value, Tensor)}},
         keyed=keyed or {},
         documents={"state.json": json.dumps(full, indent=1), "config.yaml": dump_config(config)},
         copies={"items.arrow": items},

@@ -122,10 +122,9 @@ class Checkpoint(Stored):
 
     def facts(self) -> DataFacts:
         """What the model knows of its data set."""
-        tensors = self.tensors("facts")
-        return DataFacts(
-            self.state["num_items"], tensors["catalogue"], tensors["item_counts"], bool(self.state["has_times"])
-        )
+        tensors, num_items = self.tensors("facts"), self.state["num_items"]
+        catalogue = tensors.get("catalogue", range(1, num_items + 1))
+        return DataFacts(num_items, catalogue, tensors.get("item_counts"), bool(self.state["has_times"]))
 
 
 def read_items(path: Path) -> pa.Table:
