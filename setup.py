@@ -36,7 +36,7 @@ else:
 
 setup(
     packages=find_packages(include=["npu_rec", "npu_rec.*"]),
-    # npu_rec/configs and npu_rec/launch are links to the folders at the top, so that these files travel with the package
+    # npu_rec/configs and npu_rec/launch are links to folders at the top, so that their files travel with the package
     package_data={"npu_rec": ["configs/*.yaml", "configs/*/*.yaml", "launch/*/*.j2", "launch/*/*.sh"]},
     ext_modules=extensions,
     cmdclass=commands,

@@ -49,6 +49,7 @@ class BackboneCase:
     recompute: bool = False
     heads: int = 2
     backend: str = "auto"
+    ablations: tuple[tuple[str, Any], ...] = ()
 
     def model(self) -> HSTU:
         config = ModelConfig(
@@ -56,7 +57,9 @@ class BackboneCase:
             max_seq_len=max(self.lengths), max_output_len=10,
         )  # fmt: skip
         torch.manual_seed(0)
-        model = HSTU(config, HSTUOptions(variant=self.variant), OpsConfig(hstu_attention=self.backend))
+        model = HSTU(
+            config, HSTUOptions(variant=self.variant, **dict(self.ablations)), OpsConfig(hstu_attention=self.backend)
+        )
         model.recompute = self.recompute
         for name, weight in model.named_parameters():
             if name.endswith(("position_weight", "time_weight")):
@@ -102,6 +105,9 @@ BACKBONES = {
     "research": BackboneCase((0, 1, 5, 37, 2, 90), "research"),
     "production": BackboneCase((70, 0, 3, 9), "production"),
     "recomputed": BackboneCase((70, 0, 3, 9), "research", recompute=True),
+    "ablated": BackboneCase(
+        (70, 0, 3, 9), "research", ablations=(("gate", False), ("norm", "rms"), ("residual", "post"))
+    ),
 }
 LONG = BackboneCase((8192,), "research")
 

@@ -17,10 +17,12 @@ from hypothesis import HealthCheck, reject, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from npu_rec.errors import BackendError
-from npu_rec.ops import OPERATORS, RelativeBias, hstu_attention
+from npu_rec.ops import OPERATORS, RelativeBias, hstu_attention, softmax_attention
 from npu_rec.ops.jagged import lengths_to_offsets
+from npu_rec.ops.random import random_key
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -142,7 +144,11 @@ def opcheck(name: str, backend: str, arguments: tuple[Any, ...]) -> None:
     watches an operator's kernel: of its backward, mutation, aliasing and the fake kernel are checked by hand.
     """
     checked = getattr(torch.ops.npu_rec, name).default
-    uses_vjp = backend == "reference" and name in ("hstu_attention_backward", "sampled_softmax_loss_backward")
+    uses_vjp = backend == "reference" and name in (
+        "hstu_attention_backward",
+        "softmax_attention_backward",
+        "sampled_softmax_loss_backward",
+    )
     if not uses_vjp:
         torch.library.opcheck(checked, arguments)
         return
@@ -158,6 +164,21 @@ def opcheck(name: str, backend: str, arguments: tuple[Any, ...]) -> None:
         fakes = checked(*(mode.from_tensor(x) if isinstance(x, Tensor) else x for x in arguments))
     for fake, result in zip(fakes, results, strict=True):
         assert (fake.shape, fake.dtype, fake.stride()) == (result.shape, result.dtype, result.stride())
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the elements of the largest storage any operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(x, Tensor):
+                self.elements = max(self.elements, x.untyped_storage().nbytes() // x.element_size())
+        return out
 
 
 @dataclass(frozen=True)
@@ -243,6 +264,48 @@ class AttentionCase:
             )
 
         return run
+
+    def softmax(self, backend: str, dropout: float = 0.0, device: str = "cpu") -> Callable[..., Tensor]:
+        """`softmax_attention` as a function of the leaves; alpha is the scale."""
+        query_time, key_time = (time.to(device) for time in self.query_and_key_times())
+        targets = None if self.num_targets is None else torch.tensor(self.num_targets, dtype=torch.int64, device=device)
+        keys, offsets = (
+            self.dropout_keys().to(device),
+            lengths_to_offsets(torch.tensor(self.lengths, dtype=torch.int64)),
+        )
+
+        def run(
+            q: Tensor, k: Tensor, v: Tensor, position_weight: Tensor | None = None, time_weight: Tensor | None = None
+        ) -> Tensor:
+            times = (None, None) if time_weight is None else (query_time, key_time)
+            return softmax_attention(
+                q,
+                k,
+                v,
+                offsets.to(device),
+                max_seq_len=self.max_seq_len,
+                scale=self.alpha,
+                causal=self.causal,
+                num_targets=targets,
+                contextual_seq_len=self.contextual_seq_len,
+                max_attn_len=self.max_attn_len,
+                min_full_attn_seq_len=self.min_full_attn_seq_len,
+                bias=None if position_weight is None else RelativeBias(position_weight, time_weight, *times),
+                dropout=dropout,
+                dropout_keys=keys,
+                backend=backend,
+            )
+
+        return run
+
+    def dropout_keys(self) -> Tensor:
+        """`[T]` int64."""
+        return random_key(self.seed, "dropout", torch.arange(sum(self.lengths)))
+
+    def run_softmax(self, backend: str, place: Place, dropout: float = 0.0) -> dict[str, Tensor]:
+        """`run` for `softmax_attention`."""
+        leaves = self.leaves(place.dtype, place.device)
+        return forward_and_gradients(self.softmax(backend, dropout, place.device), leaves, self.seed)
 
     def run(self, backend: str, place: Place) -> dict[str, Tensor]:
         """Output and gradients in float64, computed by `backend` in `place`."""

@@ -8,7 +8,7 @@ from conftest import npu_rec
 from strategies import one_thread  # noqa: F401
 from torch import Tensor
 
-from npu_rec.bench import embedding, run_suite
+from npu_rec.bench import attention, embedding, run_suite
 from npu_rec.bench.harness import Contender, compare
 from npu_rec.device import get_device
 from npu_rec.ops import RowOptimizer, embedding_lookup
@@ -58,6 +58,17 @@ def test_suites_begin_each_case_with_plain_pytorch(name: str, monkeypatch: pytes
         assert all((row.rows_per_second is not None) == (name == "embedding") for row in case)
         if shape.endswith("with update"):
             assert case[-1].backend == "reference, rowwise_adagrad"
+
+
+def test_attention_of_both_kinds_begins_with_its_padded_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "RAGGED", [(40, 2, 8, [40, 7])])
+    rows = run_suite("attention", CPU, repeats=1)
+    for name, kind in (("attention", ""), ("softmax_attention", "softmax, ")):
+        own = [row for row in rows if row.name == name]
+        assert {row.shape for row in own} == {f"{kind}B=2 N=40 H=2 D=8 T=47"}
+        assert (own[0].backend, own[0].speedup) == ("padded PyTorch", 1.0)
+        assert {"cpp", "tiled"} >= {row.backend for row in own[1:]} >= {"tiled"}
+    assert {row.name for row in rows} == {"attention", "softmax_attention"}
 
 
 def test_more_threads_than_a_process_can_have_are_refused() -> None:

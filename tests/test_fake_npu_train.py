@@ -127,7 +127,7 @@ def test_killed_and_resumed_is_bit_identical(npu: dict[str, Any], shop: Path, ru
 
 
 def test_variants_equal_the_cpu(shop: Path, tmp_path: Path) -> None:
-    """Both HSTU layers, tables that update themselves, every source of negatives, both losses, recomputation."""
+    """Every backbone, tables that update themselves, every source of negatives, both losses, recomputation."""
     on_npu("train_variants.py", shop, tmp_path, strict=True)
 
 

@@ -16,7 +16,7 @@ from torch.nn.functional import layer_norm, linear, silu
 
 from npu_rec.config import ModelConfig, OpsConfig
 from npu_rec.errors import CheckpointError
-from npu_rec.models import Layout, SequenceEncoder, encoder, hstu
+from npu_rec.models import Layout, SequenceEncoder, encoder, hstu_layer
 from npu_rec.models.hstu import HSTU, HSTUOptions, build_research_hstu
 from npu_rec.models.meta_weights import load_meta_state_dict, to_meta_state_dict
 from npu_rec.ops.jagged import lengths_to_offsets, position_of_token, sequence_of_token
@@ -527,9 +527,9 @@ def test_the_input_and_every_layer_drop_differently(monkeypatch: pytest.MonkeyPa
 
         return call
 
-    monkeypatch.setattr(hstu, "norm_gate", record(hstu.norm_gate))
+    monkeypatch.setattr(hstu_layer, "norm_gate", record(hstu_layer.norm_gate))
     monkeypatch.setattr(encoder, "dropout", record(encoder.dropout))
-    monkeypatch.setattr(hstu, "dropout", record(hstu.dropout))
+    monkeypatch.setattr(hstu_layer, "dropout", record(hstu_layer.dropout))
     given = Histories.random(5, 9)
     for variant in ("research", "production"):
         seen.clear()

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import (
     AttentionCase,
+    LargestTensor,
     Place,
     assert_all_close,
     attention_cases,
@@ -28,10 +29,17 @@ from strategies import (
     unsupported_rejected,
 )
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from npu_rec.errors import BackendError
-from npu_rec.ops import OPERATORS, Backend, RelativeBias, hstu_attention, hstu_attention_reference, hstu_attention_tiled
+from npu_rec.ops import (
+    OPERATORS,
+    Backend,
+    RelativeBias,
+    attention_tiles,
+    hstu_attention,
+    hstu_attention_reference,
+    hstu_attention_tiled,
+)
 from npu_rec.ops.hstu_attention_request import HSTUAttentionRequest
 from npu_rec.ops.jagged import lengths_to_offsets
 from npu_rec.ops.masks import MaskRule
@@ -429,21 +437,6 @@ def test_the_same_call_gives_the_same_bits(backend: str) -> None:
 # --- memory
 
 
-class LargestTensor(TorchDispatchMode):
-    """Notes the elements of the largest storage any operation makes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(x, Tensor):
-                self.elements = max(self.elements, x.untyped_storage().nbytes() // x.element_size())
-        return out
-
-
 def largest_tensor(backend: Backend, case: AttentionCase) -> int:
     request = request_of(case, case.leaves(torch.float32))
     with LargestTensor() as watch:
@@ -466,7 +459,7 @@ def long_case(*lengths: int, **rest: Any) -> AttentionCase:
 )
 def test_tiled_makes_no_tensor_that_grows_with_the_square_of_the_length(rest: dict[str, Any]) -> None:
     elements = largest_tensor(hstu_attention_tiled.BACKEND, long_case(2200, 1320, **rest))
-    assert elements <= hstu_attention_tiled.SCORES_AT_ONCE < 1320**2
+    assert elements <= attention_tiles.SCORES_AT_ONCE < 1320**2
 
 
 def test_the_measure_of_memory_sees_the_square_in_the_reference() -> None:
@@ -476,7 +469,7 @@ def test_the_measure_of_memory_sees_the_square_in_the_reference() -> None:
 @pytest.mark.parametrize("at_once", [1, 3 * 64 * 64])
 def test_tiled_gives_the_same_however_few_tiles_it_takes_at_once(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = EVERYTHING.run("reference", CPU)
-    monkeypatch.setattr(hstu_attention_tiled, "SCORES_AT_ONCE", at_once)
+    monkeypatch.setattr(attention_tiles, "SCORES_AT_ONCE", at_once)
     assert_all_close(EVERYTHING.run("tiled", CPU), expected, CPU.tolerance)
 
 

@@ -25,7 +25,7 @@ from strategies import (
 from torch import Tensor
 
 from npu_rec.errors import BackendError
-from npu_rec.ops import OPERATORS, RelativeBias, hstu_attention, hstu_attention_tiled
+from npu_rec.ops import OPERATORS, RelativeBias, attention_tiles, hstu_attention
 from npu_rec.ops.compiled import ISA_VARIABLE, extension
 from npu_rec.ops.hstu_attention_request import HSTUAttentionRequest
 from npu_rec.ops.jagged import lengths_to_offsets
@@ -245,7 +245,7 @@ def test_tiles_are_those_of_the_queries_alone() -> None:
         request = HSTUAttentionRequest(
             x[:queries], x, x, offsets, None, None, None, None, None, 1024, 1.0, 1.0, MaskRule(), query_offsets
         )
-        return sum(len(tiles.query) for tiles in hstu_attention_tiled._tiles(request))
+        return sum(len(tiles.query) for tiles in attention_tiles.tiles_of(request))
 
     assert tiles(1024) == 16 * 17 // 2
     assert tiles(128) == 15 + 16

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 from conftest import npu_rec, npu_rec_json
-from strategies import AttentionCase, Place
+from strategies import AttentionCase, Place, assert_all_close
 from torch import Tensor
 
 from npu_rec.errors import BackendError
-from npu_rec.ops import OPERATORS, RowOptimizer, embedding_lookup, norm_gate, sampled_softmax_loss
+from npu_rec.ops import OPERATORS, RowOptimizer, embedding_lookup, norm_gate, sampled_softmax_loss, softmax_attention
 from npu_rec.ops.compiled import ISA_VARIABLE, extension, instruction_set, unusable
 from npu_rec.ops.random import dropout_scale, random_key
 
@@ -46,6 +46,13 @@ def test_attention_equals_the_float64_reference(isa: str, name: str) -> None:
         torch.testing.assert_close(got[part].double(), value, rtol=0, atol=2e-5 * scale + 1e-7, msg=f"{isa} {part}")
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+@pytest.mark.parametrize("name", CASES)
+def test_softmax_attention_equals_the_float64_reference(isa: str, name: str, dropout: float) -> None:
+    got = CASES[name].run_softmax("cpp", Place("cpu", torch.float32), dropout)
+    assert_all_close(got, CASES[name].run_softmax("reference", Place("cpu", torch.float64), dropout), 2e-5)
+
+
 @pytest.mark.parametrize(("width", "negatives"), [(1, 3), (50, 128), (64, 16), (129, 1), (16, 0)])
 @pytest.mark.parametrize("log_q", [False, True])
 def test_loss_equals_the_float64_reference(isa: str, width: int, negatives: int, log_q: bool) -> None:
@@ -68,8 +75,9 @@ def test_loss_equals_the_float64_reference(isa: str, width: int, negatives: int,
 
 def test_the_same_threads_give_the_same_bits(isa: str) -> None:
     place = Place("cpu", torch.float32)
-    first, second = (CASES["plain"].run("cpp", place) for _ in range(2))
-    assert all(torch.equal(first[part], second[part]) for part in first)
+    for run in (CASES["plain"].run, CASES["plain"].run_softmax):
+        first, second = (run("cpp", place) for _ in range(2))
+        assert all(torch.equal(first[part], second[part]) for part in first)
 
 
 def test_far_scores_are_finite_and_nan_shows(isa: str) -> None:
@@ -82,6 +90,17 @@ def test_far_scores_are_finite_and_nan_shows(isa: str) -> None:
     assert float(out[0]) == pytest.approx(1e4)
     assert float(out[1]) == pytest.approx(0.0, abs=1e-30)
     assert math.isnan(float(out[2]))
+
+
+def test_a_row_of_softmax_attention_without_a_number_stays_alone(isa: str) -> None:
+    x = torch.randn(3, 70, 1, 5, generator=torch.Generator().manual_seed(0))
+    offsets = torch.tensor([0, 70])
+    clean = softmax_attention(*x, offsets, max_seq_len=70, backend="cpp")
+    x[0, 20] = math.nan
+    out = softmax_attention(*x, offsets, max_seq_len=70, backend="cpp")
+    assert bool(out[20].isnan().all())
+    assert torch.equal(out[:20], clean[:20])
+    assert torch.equal(out[21:], clean[21:])
 
 
 def test_an_instruction_set_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,10 @@
-"""`softmax_attention`: the reference against a loop written from the definition, dropout, and torch_npu's operator."""
+"""`softmax_attention`: the reference against loops written from the definition, the backends against the reference."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,58 +13,31 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import (
     AttentionCase,
+    LargestTensor,
+    Place,
     assert_all_close,
     attention_cases,
+    backends,
     examples,
     forward_and_gradients,
     max_error,
     one_thread,  # noqa: F401
+    opcheck,
+    place_of,
+    unsupported_rejected,
 )
 from torch import Tensor
 from vendor_standins import registered
 
-from npu_rec.ops import OPERATORS, RelativeBias, softmax_attention
+from npu_rec.ops import OPERATORS, attention_tiles, softmax_attention, softmax_attention_tiled
+from npu_rec.ops.compiled import unusable
 from npu_rec.ops.jagged import lengths_to_offsets
 from npu_rec.ops.masks import MaskRule
-from npu_rec.ops.random import derive_keys, dropout_scale, random_key
+from npu_rec.ops.random import derive_keys, dropout_scale
 from npu_rec.ops.softmax_attention_request import SoftmaxAttentionRequest
 from npu_rec.ops.time_buckets import time_bucket_reference
 
 BACKEND = OPERATORS["softmax_attention"].find("vendor")
-
-
-def keys_of(case: AttentionCase) -> Tensor:
-    return random_key(case.seed, "dropout", torch.arange(sum(case.lengths)))
-
-
-def call(case: AttentionCase, backend: str, dropout: float = 0.0) -> Callable[..., Tensor]:
-    """`softmax_attention` as a function of the leaves; the case's alpha is the scale."""
-    query_time, key_time = case.query_and_key_times()
-    targets = None if case.num_targets is None else torch.tensor(case.num_targets, dtype=torch.int64)
-
-    def run(
-        q: Tensor, k: Tensor, v: Tensor, position_weight: Tensor | None = None, time_weight: Tensor | None = None
-    ) -> Tensor:
-        times = (None, None) if time_weight is None else (query_time, key_time)
-        return softmax_attention(
-            q,
-            k,
-            v,
-            lengths_to_offsets(torch.tensor(case.lengths, dtype=torch.int64)),
-            max_seq_len=case.max_seq_len,
-            scale=case.alpha,
-            causal=case.causal,
-            num_targets=targets,
-            contextual_seq_len=case.contextual_seq_len,
-            max_attn_len=case.max_attn_len,
-            min_full_attn_seq_len=case.min_full_attn_seq_len,
-            bias=None if position_weight is None else RelativeBias(position_weight, time_weight, *times),
-            dropout=dropout,
-            dropout_keys=keys_of(case),
-            backend=backend,
-        )
-
-    return run
 
 
 def ids_of(case: AttentionCase, n: int, t: int) -> tuple[list[int], int]:
@@ -84,7 +58,7 @@ def sees(case: AttentionCase, i: int, j: int, ids: list[int], limit: int) -> boo
 def definition(case: AttentionCase, dropout: float = 0.0) -> Callable[..., Tensor]:
     """Row by row: the keys a query sees, the softmax over them, each weight dropped by its own draw."""
     query_time, key_time = case.query_and_key_times()
-    keys, targets = keys_of(case), case.num_targets or (0,) * len(case.lengths)
+    keys, targets = case.dropout_keys(), case.num_targets or (0,) * len(case.lengths)
 
     def run(
         q: Tensor, k: Tensor, v: Tensor, position_weight: Tensor | None = None, time_weight: Tensor | None = None
@@ -123,36 +97,161 @@ def test_the_reference_is_the_definition(case: AttentionCase, dropout: float) ->
     expected = forward_and_gradients(
         lambda **x: definition(case, dropout)(**x) + 0.0 * sum(leaf.sum() for leaf in x.values()), leaves, case.seed
     )
-    assert_all_close(forward_and_gradients(call(case, "reference", dropout), leaves, case.seed), expected, 1e-11)
+    assert_all_close(forward_and_gradients(case.softmax("reference", dropout), leaves, case.seed), expected, 1e-11)
 
 
 SMALL = AttentionCase(lengths=(4, 0, 1), max_seq_len=5, heads=2, qk_dim=2, v_dim=3, buckets=12, bias="time")
+EVERYTHING = AttentionCase(
+    lengths=(70, 0, 1, 130),
+    num_targets=(3, 0, 1, 66),
+    max_seq_len=131,
+    contextual_seq_len=2,
+    max_attn_len=40,
+    min_full_attn_seq_len=5,
+    bias="time",
+    times="unsorted",
+)
+ALL = backends("softmax_attention")
+FAST = backends("softmax_attention", but="reference")
+CPU = Place("cpu", torch.float64)
 
 
-def test_gradcheck() -> None:
+def place_for(backend: str) -> Place:
+    return place_of(lambda device, dtype: SMALL.run_softmax(backend, Place(device, dtype)))
+
+
+@pytest.mark.parametrize("backend", ["tiled", "reference"])
+def test_gradcheck(backend: str) -> None:
     leaves = [leaf.requires_grad_() for leaf in SMALL.leaves().values()]
-    assert torch.autograd.gradcheck(lambda *x: call(SMALL, "reference", 0.2)(*x), leaves)
+    assert torch.autograd.gradcheck(lambda *x: SMALL.softmax(backend, 0.2)(*x), leaves)
 
 
+@pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("lengths", [(), (0,), (0, 0)])
-def test_no_tokens_give_empty_outputs_and_zero_gradients(lengths: tuple[int, ...]) -> None:
-    case = dataclasses.replace(SMALL, lengths=lengths)
-    results = forward_and_gradients(call(case, "auto"), case.leaves(), 0)
-    assert results["out"].shape == (0, 2, 3)
+@pytest.mark.parametrize("window", [0, 3])
+def test_no_tokens_give_empty_outputs_and_zero_gradients(backend: str, lengths: tuple[int, ...], window: int) -> None:
+    case = dataclasses.replace(SMALL, lengths=lengths, num_targets=(0,) * len(lengths), max_attn_len=window)
+    results = case.run_softmax(backend, place_for(backend), 0.3)
+    assert results["out"].shape == results["v"].shape == (0, 2, 3)
+    assert results["q"].shape == results["k"].shape == (0, 2, 2)
+    assert results["position_weight"].shape == (9,)
+    assert results["time_weight"].shape == (13,)
     assert not results["time_weight"].any()
     assert not results["position_weight"].any()
 
 
+# --- faster backends against the reference
+
+
+def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    """Gradients of scores sum to zero: what cancels in a table's is of the size of 1, however small they are."""
+    tables = ("position_weight", "time_weight")
+    for names, floor in ((tables, 1.0), (set(expected) - set(tables), 0.01)):
+        parts = ({name: x for name, x in results.items() if name in names} for results in (actual, expected))
+        assert_all_close(*parts, tolerance, floor)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_forward_and_gradients_equal_the_reference(backend: str) -> None:
+    place = place_for(backend)
+
+    @examples(120)
+    @given(attention_cases(), st.sampled_from([0.0, 0.0, 0.2, 0.9]))
+    def check(case: AttentionCase, dropout: float) -> None:
+        with unsupported_rejected():
+            actual = case.run_softmax(backend, place, dropout)
+        assert_close(actual, case.run_softmax("reference", CPU, dropout), place.tolerance)
+
+    check()
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("bias", ["none", "position", "time"])
+@pytest.mark.parametrize("targets", [False, True])
+@pytest.mark.parametrize(("contextual", "window", "full"), [(0, 0, 0), (0, 9, 0), (0, 9, 70), (3, 0, 0), (70, 9, 4)])
+def test_every_mask_with_every_bias_equals_the_reference(
+    backend: str, bias: str, targets: bool, contextual: int, window: int, full: int
+) -> None:
+    place = place_for(backend)
+    case = AttentionCase(
+        lengths=(129, 0, 65),
+        num_targets=(66, 0, 3) if targets else None,
+        contextual_seq_len=contextual,
+        max_attn_len=window,
+        min_full_attn_seq_len=full,
+        bias=bias,
+        times="tied",
+    )
+    for causal in (True, False):
+        case = dataclasses.replace(case, causal=causal)
+        expected = case.run_softmax("reference", CPU, 0.1)
+        assert_close(case.run_softmax(backend, place, 0.1), expected, place.tolerance)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_scores_far_apart_and_far_from_zero(backend: str) -> None:
+    place = place_for(backend)
+    case = AttentionCase((70, 3), alpha=300.0)  # exponentials of thousands
+    results = case.run_softmax(backend, place)
+    assert all(bool(x.isfinite().all()) for x in results.values())
+    out = {"out": results["out"]}
+    assert_all_close(out, {"out": case.run_softmax("reference", CPU)["out"]}, max(place.tolerance, 1e-9) * 50)
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_a_token_that_sees_itself_alone_has_no_gradient_of_scores(backend: str) -> None:
+    results = AttentionCase((1, 1), bias="time").run_softmax(backend, place_for(backend))
+    for name in ("q", "k", "position_weight", "time_weight"):
+        assert not results[name].any(), name
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_later_tokens_and_other_candidates_do_not_reach_a_row(backend: str) -> None:
+    place = place_for(backend)
+    case = AttentionCase((136,), (66,), 136, bias="position")
+    leaves = case.leaves(place.dtype, place.device)
+    changed = {n: torch.cat([x[:70], x[70:71], x[71:] + 1]) if n in "qkv" else x for n, x in leaves.items()}
+    run = case.softmax(backend, 0.2, place.device)
+    assert torch.equal(run(**leaves)[:71], run(**changed)[:71])
+
+
+@pytest.mark.parametrize("at_once", [1, 3 * 64 * 64])
+def test_tiled_gives_the_same_however_few_tiles_it_takes_at_once(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = EVERYTHING.run_softmax("reference", CPU, 0.1)
+    monkeypatch.setattr(attention_tiles, "SCORES_AT_ONCE", at_once)
+    assert_all_close(EVERYTHING.run_softmax("tiled", CPU, 0.1), expected, CPU.tolerance)
+
+
+def request_of(case: AttentionCase, leaves: dict[str, Tensor]) -> SoftmaxAttentionRequest:
+    targets = None if case.num_targets is None else torch.tensor(case.num_targets)
+    q, k, v, position_weight, time_weight = leaves.values()
+    return SoftmaxAttentionRequest(
+        q, k, v, lengths_to_offsets(torch.tensor(case.lengths)), targets, position_weight, time_weight,
+        *case.query_and_key_times(), case.dropout_keys(), case.max_seq_len, 1.0, 0.1,
+        MaskRule(case.causal, case.contextual_seq_len),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("rest", [{}, {"causal": False}, {"num_targets": (1000, 300), "contextual_seq_len": 70}])
+def test_tiled_makes_no_tensor_that_grows_with_the_square_of_the_length(rest: dict[str, Any]) -> None:
+    case = AttentionCase((2200, 1320), max_seq_len=4096, heads=1, qk_dim=2, v_dim=2, bias="time", **rest)
+    leaves = case.leaves(torch.float32)
+    given = request_of(case, leaves)
+    with LargestTensor() as watch:
+        softmax_attention_tiled.backward(given, softmax_attention_tiled.forward(given))
+    assert watch.elements <= attention_tiles.SCORES_AT_ONCE < 1320**2
+
+
 def test_dropout_does_not_depend_on_the_batch() -> None:
     case = dataclasses.replace(SMALL, lengths=(4, 6), max_seq_len=6)
-    keys = keys_of(case)
+    keys = case.dropout_keys()
     q, k, v = (leaf[4:] for name, leaf in case.leaves().items() if name in "qkv")
     alone = softmax_attention(
-        q, k, v, torch.tensor([0, 6]), max_seq_len=6, scale=1.0, dropout=0.5, dropout_keys=keys[4:]
+        q, k, v, torch.tensor([0, 6]), max_seq_len=6, scale=1.0, dropout=0.5, dropout_keys=keys[4:], backend="reference"
     )
     leaves = {name: leaf for name, leaf in case.leaves().items() if name in "qkv"}
-    assert torch.equal(call(case, "reference", 0.5)(**leaves)[4:], alone)
-    kept = call(case, "reference", 0.0)(**leaves)[4:]
+    assert torch.equal(case.softmax("reference", 0.5)(**leaves)[4:], alone)
+    kept = case.softmax("reference", 0.0)(**leaves)[4:]
     assert not torch.equal(kept, alone)
 
 
@@ -170,16 +269,17 @@ def arguments(backend: str, bias: bool) -> tuple[object, ...]:
     return (*leaves[:3], torch.tensor([0, 4, 4, 5]), None, *tables, None, 5, 1.0, 0.0, True, 0, 0, 0, backend)
 
 
-def test_schema_and_fake_kernels() -> None:
-    torch.library.opcheck(
-        torch.ops.npu_rec.softmax_attention.default,
-        arguments("reference", True),
-        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
-    )
+@pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize("bias", [True, False])
+def test_schema_and_fake_kernels(backend: str, bias: bool) -> None:
+    opcheck("softmax_attention", backend, arguments(backend, bias))
+    opcheck("softmax_attention_backward", backend, (torch.ones(5, 2, 3), *arguments(backend, bias)))
+
+
+def test_schema_and_fake_kernels_of_the_vendor_s() -> None:
     with registered(*vendor.FUSION_ATTENTION):
-        torch.library.opcheck(torch.ops.npu_rec.softmax_attention.default, arguments("vendor", False))
-        grad = torch.ones(5, 2, 3)
-        torch.library.opcheck(torch.ops.npu_rec.softmax_attention_backward.default, (grad, *arguments("vendor", False)))
+        opcheck("softmax_attention", "vendor", arguments("vendor", False))
+        opcheck("softmax_attention_backward", "vendor", (torch.ones(5, 2, 3), *arguments("vendor", False)))
 
 
 @pytest.mark.parametrize(
@@ -244,19 +344,22 @@ def test_the_vendor_operator_gives_the_reference(
         max_attn_len=window if causal else 0, seed=seed,
     )  # fmt: skip
     with registered(*vendor.FUSION_ATTENTION):
-        actual = forward_and_gradients(call(case, "vendor"), case.leaves(torch.float32), seed)
-    assert_all_close(actual, forward_and_gradients(call(case, "reference"), case.leaves(), seed), 2e-5)
+        actual = forward_and_gradients(case.softmax("vendor"), case.leaves(torch.float32), seed)
+    assert_all_close(actual, forward_and_gradients(case.softmax("reference"), case.leaves(), seed), 2e-5)
 
 
+@pytest.mark.parametrize("backend", ["vendor", "cpp", "tiled"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_low_precision_errs_no_more_than_plain_pytorch(dtype: torch.dtype) -> None:
+def test_low_precision_errs_no_more_than_plain_pytorch(backend: str, dtype: torch.dtype) -> None:
+    if backend == "cpp" and unusable():
+        pytest.skip(f"cpp: {unusable()}")
     case = AttentionCase((30, 2, 17), max_seq_len=30, qk_dim=16, v_dim=16, alpha=0.25)
     leaves = {name: leaf.to(dtype) for name, leaf in case.leaves().items()}
     exact = {name: leaf.double() for name, leaf in leaves.items()}
-    expected = forward_and_gradients(call(case, "reference"), exact, 1)
+    expected = forward_and_gradients(case.softmax("reference"), exact, 1)
     with registered(*vendor.FUSION_ATTENTION):
-        actual = forward_and_gradients(call(case, "vendor"), leaves, 1)
-    plain = max_error(forward_and_gradients(call(case, "reference"), leaves, 1), expected)
+        actual = forward_and_gradients(case.softmax(backend), leaves, 1)
+    plain = max_error(forward_and_gradients(case.softmax("reference"), leaves, 1), expected)
     for name, error in max_error(actual, expected).items():
         assert error <= 3 * plain[name] + 1e-6, name
 
@@ -332,7 +435,10 @@ def test_an_older_schema_is_refused() -> None:
     )
 
 
-def test_place_of_the_reference_in_auto() -> None:
-    assert OPERATORS["softmax_attention"].select(request(), "auto").name == "reference"
+def test_the_order_of_auto() -> None:
+    select = OPERATORS["softmax_attention"].select
+    compiled = unusable() is None
+    assert select(request(), "auto").name == ("cpp" if compiled else "tiled")
+    assert select(request(dtype=torch.float64), "auto").name == "tiled"
     with registered(*vendor.FUSION_ATTENTION):
-        assert OPERATORS["softmax_attention"].select(request(), "auto").name == "vendor"
+        assert select(request(), "auto").name == ("cpp" if compiled else "vendor")

@@ -38,6 +38,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "rowwise_adam, bf16": ("embedding.optimizer=rowwise_adam", "train.precision=bf16"),
     "fsdp, recompute": (*ADAGRAD, "parallel.dense=fsdp", "train.recompute=true"),
     "projected": (*ADAGRAD, "embedding.dim=8"),
+    "llama": (*ADAGRAD, "model.backbone=llama", "ops.softmax_attention=tiled"),
 }
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from npu_rec.config import Config
 from npu_rec.data.batch import JaggedBatch
+from npu_rec.distributed import World
 from npu_rec.errors import ConfigError
 from npu_rec.ops import RowOptimizer
 from npu_rec.ops.jagged import lengths_to_offsets, position_of_token, sequence_of_token
@@ -494,3 +495,28 @@ def test_recomputation_is_switched_on_by_the_configuration() -> None:
     assert build_task(config, facts()).encoder.backbone.recompute is False
     config.train.recompute = True
     assert build_task(config, facts()).encoder.backbone.recompute is True
+
+
+# --- backbones
+
+
+@pytest.mark.parametrize("options", [{"backbone": "llama"}, {"options": {"scores": "softmax"}}])
+def test_backbones_that_cannot_share_sequences_say_so(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retrieval, "context_world", lambda *_: World(0, 2))
+    with pytest.raises(ConfigError, match=r"parallel.context: model.backbone \w+ cannot share sequences"):
+        build_task(config_of({"attention_dim": 4} | options), facts())
+
+
+@pytest.mark.parametrize("backbone", ["llama", "gpt", "sasrec"])
+def test_every_backbone_learns_from_a_batch(backbone: str) -> None:
+    task = build_task(config_of({"backbone": backbone, "attention_dim": 4}), facts()).train()
+    optimizer = torch.optim.Adam(task.parameters(), 0.01)
+    losses = []
+    for epoch in range(30):
+        total, weight = task.loss(task.prepare(batch_of(), epoch))
+        optimizer.zero_grad()
+        (total / weight).backward()
+        optimizer.step()
+        losses.append(float(total.detach() / weight))
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+    assert all(p.grad is not None for p in task.parameters())

@@ -68,6 +68,9 @@ CASES: dict[str, tuple[str, ...]] = {
     ),
     "token budget": (*ADAGRAD, "train.batch_tokens=60", "train.max_steps=12"),
     "one sequence a step": (*ADAGRAD, "train.batch_size=1", "train.max_steps=12", "parallel.balance=order"),
+    "llama, fsdp": ("model.backbone=llama", "parallel.dense=fsdp", "train.recompute=true", CLIP),
+    "gpt": ("model.backbone=gpt", *ADAGRAD, *IN_BATCH),
+    "sasrec": ("model.backbone=sasrec", "model.options.bias=position_time"),
     "production": ("embedding.optimizer=rowwise_adagrad", "model.options.variant=production", "task.options.loss=bce"),
 }
 ALSO_ON_FOUR = (

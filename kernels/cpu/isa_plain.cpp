@@ -5,10 +5,12 @@
 #include "hstu_attention_head.inc"
 #include "norm_gate_rows.inc"
 #include "sampled_softmax_tokens.inc"
+#include "softmax_attention_head.inc"
 
 namespace npu_rec {
 Kernels kernels_plain() {
   using namespace plain;
-  return {forward, backward, scratch_floats, token_losses, token_gradients, norm_gate, row_gradients, update_rows, 4};
+  return {{hstu_forward, hstu_backward, hstu_scratch}, {softmax_forward, softmax_backward, softmax_scratch},
+          token_losses, token_gradients, norm_gate, row_gradients, update_rows, 4};
 }
 }  // namespace npu_rec

@@ -6,7 +6,7 @@
 
 namespace npu_rec {
 
-// HSTU attention: one head of one sequence.
+// Attention: one head of one sequence.
 struct Mask {
   bool causal;
   int64_t contextual_seq_len, max_attn_len, min_full_attn_seq_len;
@@ -32,6 +32,13 @@ struct HeadTask {
   const int64_t *query_time, *key_time;
   const int64_t* edges;  // edges[b] <= |delta| < edges[b + 1]
   bool sorted;
+
+  // Softmax attention alone. Null keys, [n]: no dropout. A draw up to `largest_dropped` drops a weight of this head, the
+  // others are multiplied by `keep_scale`.
+  const int64_t* dropout_keys;
+  int64_t head;
+  int32_t largest_dropped;
+  float keep_scale;
 
   // Results. The gradients of the tables are added to; dq, dk, dv and out are written.
   float *out, *dq, *dk, *dv, *d_position, *d_time;
@@ -94,10 +101,14 @@ struct RowsTask {
   float lr, beta1, rest1, beta2, rest2, correction2, eps, max_norm;
 };
 
+struct AttentionKernels {
+  void (*forward)(const HeadTask&);
+  void (*backward)(const HeadTask&);
+  int64_t (*scratch)(int n, int dim_qk, int dim_v);  // floats
+};
+
 struct Kernels {
-  void (*attention_forward)(const HeadTask&);
-  void (*attention_backward)(const HeadTask&);
-  int64_t (*attention_scratch)(int n, int dim_qk, int dim_v);  // floats
+  AttentionKernels hstu, softmax;
   void (*token_losses)(const TokensTask&);
   void (*token_gradients)(const TokensTask&);
   void (*norm_gate)(const GateTask&);

@@ -5,8 +5,15 @@
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using release = py::call_guard<py::gil_scoped_release>;
   m.def("instruction_sets", &npu_rec::instruction_sets, "Instruction sets this build and machine run, the fastest first.");
-  m.def("hstu_attention_forward", &npu_rec::hstu_attention_forward, release());
-  m.def("hstu_attention_backward", &npu_rec::hstu_attention_backward, release());
+  using at::Tensor;
+  using npu_rec::OptionalTensor;
+  py::class_<npu_rec::AttentionArguments>(m, "AttentionArguments")
+      .def(py::init<
+           std::string, Tensor, Tensor, Tensor, Tensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor,
+           OptionalTensor, OptionalTensor, OptionalTensor, Tensor, int64_t, double, double, bool, int64_t, int64_t,
+           int64_t, OptionalTensor, int64_t, double, std::string>());
+  m.def("attention_forward", &npu_rec::attention_forward, release());
+  m.def("attention_backward", &npu_rec::attention_backward, release());
   m.def("sampled_softmax_forward", &npu_rec::sampled_softmax_forward, release());
   m.def("sampled_softmax_backward", &npu_rec::sampled_softmax_backward, release());
   m.def("norm_gate_forward", &npu_rec::norm_gate_forward, release());

@@ -24,23 +24,29 @@ inline Dtype dtype_of(const Tensor& x) {
 // x [T, C] itself, and a copy only where the elements of a row lie apart.
 inline Tensor with_whole_rows(const Tensor& x) { return x.stride(1) == 1 || x.size(1) <= 1 ? x : x.contiguous(); }
 
-// Arguments as in npu_rec.ops.hstu_attention. `ids` and `limits`, [Tk], come from npu_rec.ops.masks.token_ids, and
-// are absent where ids count the tokens; `edges` are those of npu_rec.ops.time_buckets.
-Tensor hstu_attention_forward(
-    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& offsets, const OptionalTensor& query_offsets,
-    const OptionalTensor& ids, const OptionalTensor& limits, const OptionalTensor& position, const OptionalTensor& time,
-    const OptionalTensor& query_time, const OptionalTensor& key_time, const Tensor& edges, int64_t max_seq_len,
-    double alpha, double divisor, bool causal, int64_t contextual_seq_len, int64_t max_attn_len,
-    int64_t min_full_attn_seq_len, const std::string& isa);
+// As in npu_rec.ops.hstu_attention (kind "hstu") and softmax_attention ("softmax"), which uses no `divisor`. `ids` and
+// `limits`, [Tk], come from npu_rec.ops.masks.token_ids, and are absent where ids count the tokens; `edges` are those of
+// npu_rec.ops.time_buckets. Dropout is softmax attention's: with keys [T] a draw up to `largest_dropped` drops a weight,
+// the others are multiplied by `keep_scale`.
+struct AttentionArguments {
+  std::string kind;
+  Tensor q, k, v, offsets;
+  OptionalTensor query_offsets, ids, limits, position, time, query_time, key_time;
+  Tensor edges;
+  int64_t max_seq_len;
+  double alpha, divisor;
+  bool causal;
+  int64_t contextual_seq_len, max_attn_len, min_full_attn_seq_len;
+  OptionalTensor dropout_keys;
+  int64_t largest_dropped;
+  double keep_scale;
+  std::string isa;
+};
+
+Tensor attention_forward(const AttentionArguments& arguments);
 
 // Gradients of q, k, v, position, time; an absent table's is empty.
-std::vector<Tensor> hstu_attention_backward(
-    const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& offsets,
-    const OptionalTensor& query_offsets, const OptionalTensor& ids, const OptionalTensor& limits,
-    const OptionalTensor& position, const OptionalTensor& time,
-    const OptionalTensor& query_time, const OptionalTensor& key_time, const Tensor& edges, int64_t max_seq_len,
-    double alpha, double divisor, bool causal, int64_t contextual_seq_len, int64_t max_attn_len,
-    int64_t min_full_attn_seq_len, const std::string& isa);
+std::vector<Tensor> attention_backward(const AttentionArguments& arguments, const Tensor& grad);
 
 // Arguments as in npu_rec.ops.sampled_softmax_loss. Returns (loss [T], logsumexp [T]).
 std::vector<Tensor> sampled_softmax_forward(

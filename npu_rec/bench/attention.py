@@ -1,4 +1,7 @@
-"""`hstu_attention` with position and time bias: against the padded form, and on an accelerator against softmax."""
+"""`hstu_attention` and `softmax_attention` with position and time bias, against their padded forms.
+
+On an accelerator also HSTU's in bfloat16 against PyTorch's softmax attention.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,17 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from npu_rec.bench.harness import COPIES, Contender, Row, compare, usable
 from npu_rec.device import Device
-from npu_rec.ops import RelativeBias, hstu_attention, hstu_attention_reference
+from npu_rec.ops import (
+    RelativeBias,
+    hstu_attention,
+    hstu_attention_reference,
+    softmax_attention,
+    softmax_attention_reference,
+)
 from npu_rec.ops.hstu_attention_request import HSTUAttentionRequest
 from npu_rec.ops.jagged import lengths_to_offsets
 from npu_rec.ops.masks import MaskRule
+from npu_rec.ops.softmax_attention_request import SoftmaxAttentionRequest
 
 BUCKETS = 128
 RAGGED = [
@@ -32,9 +42,12 @@ def run(device: Device, repeats: int) -> list[Row]:
         contenders = [Contender("padded PyTorch", partial(_padded, n))]
         contenders += [Contender(backend, partial(_fused, n, backend)) for backend in _usable(n, copies[0])]
         rows += _compare(n, heads, dim, lengths, contenders, copies, device, repeats)
+        softmax = [Contender("padded PyTorch", partial(_padded_softmax, n))]
+        softmax += [Contender(b, partial(_softmax, n, b)) for b in _usable_for_softmax(n, copies[0])]
+        rows += _compare(n, heads, dim, lengths, softmax, copies, device, repeats, name="softmax_attention")
     for n, heads, dim, lengths in [] if device.is_cpu else FULL:
         copies = [_inputs(device, n, heads, dim, lengths, torch.bfloat16) for _ in range(COPIES)]
-        contenders = [Contender("PyTorch softmax attention, no bias", partial(_softmax, n))]
+        contenders = [Contender("PyTorch softmax attention, no bias", partial(_sdpa, n))]
         for backend in (name for name in _usable(n, copies[0]) if name != "tiled"):
             contenders += [
                 Contender(f"{backend}, no bias", partial(_without_bias, n, backend)),
@@ -54,13 +67,15 @@ def _compare(
     device: Device,
     repeats: int,
     dtype: torch.dtype = torch.float32,
+    name: str = "attention",
 ) -> list[Row]:
-    shape = f"B={len(lengths)} N={n} H={heads} D={dim} T={sum(lengths)}"
+    shape = "softmax, " if name == "softmax_attention" else ""
+    shape += f"B={len(lengths)} N={n} H={heads} D={dim} T={sum(lengths)}"
     shape += "" if dtype == torch.float32 else f" {str(dtype).removeprefix('torch.')}"
     pairs = sum(length * (length + 1) / 2 for length in lengths)
     forward = 4.0 * heads * dim * pairs  # two products, the causal half
     flops = (forward, 2.5 * forward)  # five products
-    return compare("attention", shape, contenders, copies, device, repeats=repeats, flops=flops, dtype=dtype)
+    return compare(name, shape, contenders, copies, device, repeats=repeats, flops=flops, dtype=dtype)
 
 
 def _usable(n: int, inputs: tuple[Tensor, ...]) -> list[str]:
@@ -106,7 +121,30 @@ def _without_bias(n: int, backend: str, *inputs: Tensor) -> Tensor:
     return hstu_attention(q, k, v, offsets, max_seq_len=n, backend=backend)
 
 
-def _softmax(n: int, *inputs: Tensor) -> Tensor:
+def _softmax_request(n: int, *inputs: Tensor) -> SoftmaxAttentionRequest:
+    q, k, v, position, time, query_time, key_time, offsets = inputs
+    scale = q.shape[2] ** -0.5
+    return SoftmaxAttentionRequest(
+        q, k, v, offsets, None, position, time, query_time, key_time, None, n, scale, 0.0, MaskRule()
+    )
+
+
+def _usable_for_softmax(n: int, inputs: tuple[Tensor, ...]) -> list[str]:
+    return usable("softmax_attention", _softmax_request(n, *inputs))
+
+
+def _padded_softmax(n: int, *inputs: Tensor) -> Tensor:
+    """As `_padded`, but padded to the longest sequence of the batch."""
+    return softmax_attention_reference.attention(_softmax_request(n, *inputs), *inputs[:5])
+
+
+def _softmax(n: int, backend: str, *inputs: Tensor) -> Tensor:
+    q, k, v, position, time, query_time, key_time, offsets = inputs
+    bias = RelativeBias(position, time, query_time, key_time)
+    return softmax_attention(q, k, v, offsets, max_seq_len=n, bias=bias, backend=backend)
+
+
+def _sdpa(n: int, *inputs: Tensor) -> Tensor:
     """Causal softmax attention over sequences that are all N long."""
     q, k, v = (x.unflatten(0, (-1, n)).transpose(1, 2) for x in inputs[:3])
     return scaled_dot_product_attention(q, k, v, is_causal=True)

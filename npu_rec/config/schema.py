@@ -284,6 +284,10 @@ class OpsConfig(Section):
     linear_silu: str = Field("auto", description="Projection with SiLU, the start of a research HSTU layer.")
     norm_gate: str = Field("auto", description="LayerNorm times gate, the end of an HSTU layer.")
     embedding_lookup: str = Field("auto", description="Rows of the item table.")
+    softmax_attention: str = Field("auto", description="Attention of Llama, GPT, SASRec and HSTU's `scores: softmax`.")
+    rms_norm: str = Field("auto", description="RMSNorm, in Llama and HSTU's `norm: rms`.")
+    rotary: str = Field("auto", description="Rotary positions, in Llama and HSTU's `bias: rope`.")
+    swiglu: str = Field("auto", description="Gated unit of Llama's feed-forward block.")
 
 
 class Config(Section):

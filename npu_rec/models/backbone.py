@@ -54,18 +54,23 @@ class Layout:
 class Backbone(nn.Module, ABC):
     """A sequence model over packed tokens. Register one with `@register("model", name, options=Schema)`.
 
-    Class attributes:
-        learned_positions: the encoder adds a learned vector for each place to the input.
+    Attributes:
+        learned_positions: the encoder adds a learned vector for each place to the input; of the class.
         takes_context: it heeds `Layout.context`, so sequences may be spread over ranks.
     """
 
     learned_positions: ClassVar[bool] = True
-    takes_context: ClassVar[bool] = False
+    takes_context: bool = False
 
     @abstractmethod
     def __init__(self, config: ModelConfig, options: Any, ops: OpsConfig) -> None:
         """Build from `model:`, its validated `model.options`, and the operator backends of `ops:`."""
         super().__init__()
+
+    @staticmethod
+    def reset_positions(positions: Tensor, options: Any) -> None:
+        """Initial values of the learned places `[N, D]`: Xavier normal, as in Meta's HSTU."""
+        nn.init.xavier_normal_(positions)
 
     @property
     def needs_times(self) -> bool:

@@ -57,7 +57,7 @@ class SequenceEncoder(nn.Module):
         self.positions: nn.Parameter | None = None
         if backbone.learned_positions:
             self.positions = nn.Parameter(torch.empty(self.max_seq_len, config.embedding_dim))
-            nn.init.xavier_normal_(self.positions)
+            backbone.reset_positions(self.positions, options)
         self.backbone: Backbone = backbone(config, options, ops)
 
     def forward(

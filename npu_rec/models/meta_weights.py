@@ -29,6 +29,12 @@ def _pairs(ours: Mapping[str, Tensor]) -> dict[str, tuple[str, bool]]:
     return pairs
 
 
+def _strange(model: nn.Module, own: Mapping[str, Tensor], pairs: Mapping[str, tuple[str, bool]]) -> list[str]:
+    """Weights that Meta's research HSTU has not, or alone has, and options that change what its weights compute."""
+    ablations: list[str] = getattr(getattr(model, "backbone", None), "ablations", [])
+    return [*sorted({name for name, _ in pairs.values()} ^ set(own)), *(f"model.options.{name}" for name in ablations)]
+
+
 def load_meta_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     """Load the state dict of Meta's research HSTU into a research `SequenceEncoder`.
 
@@ -39,7 +45,7 @@ def load_meta_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) -> 
     """
     own = model.state_dict()
     pairs = _pairs(own)
-    strange = sorted({name for name, _ in pairs.values()} ^ set(own))
+    strange = _strange(model, own, pairs)
     if strange:
         raise CheckpointError(f"the model is not Meta's research HSTU, they differ in {', '.join(strange[:5])}")
     given = {name.removeprefix("module."): value for name, value in state_dict.items()}
@@ -69,7 +75,7 @@ def to_meta_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """
     own = model.state_dict()
     pairs = _pairs(own)
-    strange = sorted({name for name, _ in pairs.values()} ^ set(own))
+    strange = _strange(model, own, pairs)
     if strange:
         raise CheckpointError(f"not a research HSTU: {', '.join(strange[:5])}")
     return {name: (own[here].T if transposed else own[here]).contiguous() for name, (here, transposed) in pairs.items()}

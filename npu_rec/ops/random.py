@@ -72,10 +72,14 @@ def _mix32(z: Tensor) -> Tensor:
 
 def random_bits(keys: Tensor, count: int) -> Tensor:
     """`keys [...]` int64 -> `[..., count]` int32 with 32 random bits each."""
+    return _bits_at(keys, torch.arange(count, dtype=torch.int32, device=keys.device))
+
+
+def _bits_at(keys: Tensor, places: Tensor) -> Tensor:
+    """The numbers `places [..., M]` int32 of the random bits of `keys [...]`; `[..., M]`."""
     low = keys.to(torch.int32).unsqueeze(-1)
     high = (keys >> 32).to(torch.int32).unsqueeze(-1)
-    index = torch.arange(count, dtype=torch.int32, device=keys.device) * _signed(0x9E3779B9, 32)
-    return _mix32(_mix32(index + low) ^ high)
+    return _mix32(_mix32(places * _signed(0x9E3779B9, 32) + low) ^ high)
 
 
 def random_uniform(keys: Tensor, count: int) -> Tensor:
@@ -109,8 +113,13 @@ def random_truncated_normal(keys: Tensor, count: int, std: float) -> Tensor:
 
 def dropout_scale(keys: Tensor, count: int, probability: float) -> Tensor:
     """Multipliers of inverted dropout, `[..., count]` float32: 0 with `probability`, else 1 / (1 - probability)."""
+    return dropout_scale_at(keys, torch.arange(count, device=keys.device), probability)
+
+
+def dropout_scale_at(keys: Tensor, places: Tensor, probability: float) -> Tensor:
+    """The multipliers number `places [..., M]` of `keys [...]` that `dropout_scale` gives; `[..., M]` float32."""
     threshold = min(round(probability * 2**31), 2**31 - 1)
-    kept = (random_bits(keys, count) & 0x7FFFFFFF) >= threshold
+    kept = (_bits_at(keys, places.to(torch.int32)) & 0x7FFFFFFF) >= threshold
     return kept.to(torch.float32).mul_(1.0 / (1.0 - probability))
 
 

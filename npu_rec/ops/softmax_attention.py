@@ -10,7 +10,12 @@ import math
 import torch
 from torch import Tensor
 
-from npu_rec.ops import softmax_attention_reference, softmax_attention_vendor
+from npu_rec.ops import (
+    softmax_attention_cpp,
+    softmax_attention_reference,
+    softmax_attention_tiled,
+    softmax_attention_vendor,
+)
 from npu_rec.ops.checks import check_constants, check_tensors
 from npu_rec.ops.masks import MaskRule
 from npu_rec.ops.registry import operator
@@ -19,7 +24,9 @@ from npu_rec.ops.softmax_attention_request import SoftmaxAttentionRequest
 
 SOFTMAX_ATTENTION = operator(
     "softmax_attention",
+    softmax_attention_cpp.BACKEND,
     softmax_attention_vendor.BACKEND,
+    softmax_attention_tiled.BACKEND,
     softmax_attention_reference.BACKEND,
     sample=SoftmaxAttentionRequest.sample,
 )

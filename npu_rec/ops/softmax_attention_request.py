@@ -53,6 +53,21 @@ class SoftmaxAttentionRequest:
             raise ValueError("num_targets must be between 0 and the length of each sequence")
 
     @property
+    def alpha(self) -> float:
+        """The scale, by the name it has in HSTU's attention."""
+        return self.scale
+
+    @property
+    def offsets_of_queries(self) -> Tensor:
+        """`[B + 1]`: every token is a query."""
+        return self.offsets
+
+    @property
+    def tokens_of_queries(self) -> Tensor:
+        """`[T]` int64."""
+        return torch.arange(self.q.shape[0], device=self.q.device)
+
+    @property
     def drops(self) -> bool:
         """Whether there is dropout at all."""
         return self.dropout > 0.0 and self.dropout_keys is not None

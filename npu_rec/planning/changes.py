@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from npu_rec.config import Config, validate
-from npu_rec.registry import lookup, resolve
+from npu_rec.registry import resolve
 
 Settings = dict[str, Any]
 
@@ -64,7 +64,7 @@ def _harmless(config: Config, shortage: Shortage) -> Iterator[Settings]:
     if cards > 1 and config.embedding.replicas > 1:
         yield {"embedding.replicas": 1}
     context = config.parallel.context * 2
-    if cards % context == 0 and lookup("model", config.model.backbone).target.takes_context:
+    if cards % context == 0:  # a backbone that cannot says so
         yield {"parallel.context": context}
     sparse = config.embedding.optimizer != "dense" and config.embedding.engine == "native"
     if sparse and config.embedding.tier == "device" and config.embedding.replicas == 1:

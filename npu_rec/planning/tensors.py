@@ -19,8 +19,9 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_any, tree_leaves, tree_map_only
 
-from npu_rec.ops import hstu_attention_tiled, sampled_softmax_loss_chunked
+from npu_rec.ops import hstu_attention_tiled, sampled_softmax_loss_chunked, softmax_attention_tiled
 from npu_rec.ops.hstu_attention_request import HSTUAttentionRequest
+from npu_rec.ops.softmax_attention_request import SoftmaxAttentionRequest
 
 _aten = torch.ops.aten
 
@@ -60,11 +61,11 @@ _COLLECTIVES = {
 
 
 # Operators by their plain PyTorch backend, which is run for the tensors that it has for a while. That of attention
-# without its tiles: which there are depends on data, and their size is fixed (hstu_attention_tiled.SCORES_AT_ONCE).
+# without its tiles: which there are depends on data, and their size is fixed (attention_tiles.SCORES_AT_ONCE).
 _PLAIN = {
     "hstu_attention": "tiled",
+    "softmax_attention": "tiled",
     "norm_gate": "reference",
-    "linear_silu": "reference",
     "sampled_softmax_loss": "chunked",
     "embedding_lookup": "reference",
 }
@@ -172,7 +173,9 @@ def imagined(collective: Callable[[str, int], None]) -> Iterator[Ledger]:
 
     with ExitStack() as patches:
         patches.enter_context(patch.object(torch.UntypedStorage, "resize_", counted))
-        patches.enter_context(patch.object(hstu_attention_tiled, "_tiles", lambda request: ()))
-        patches.enter_context(patch.object(HSTUAttentionRequest, "check", lambda request: None))  # it reads offsets
+        for tiled in (hstu_attention_tiled, softmax_attention_tiled):
+            patches.enter_context(patch.object(tiled, "tiles_of", lambda request: ()))
+        for request in (HSTUAttentionRequest, SoftmaxAttentionRequest):
+            patches.enter_context(patch.object(request, "check", lambda request: None))  # it reads offsets
         patches.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         yield patches.enter_context(ledger)

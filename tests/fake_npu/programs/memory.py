@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import train_ranks
 
 from npu_rec.distributed import world
-from npu_rec.ops import hstu_attention_tiled
+from npu_rec.ops import attention_tiles
 from npu_rec.train import parallel, step, trainer
 
 STEP = 4  # the one that is looked at; all states are there
@@ -124,7 +124,7 @@ def tensors(value: object) -> list[torch.Tensor]:
     return list(found.values())
 
 
-hstu_attention_tiled.SCORES_AT_ONCE = 1 << 12  # its tiles, of a fixed size, are what planning leaves out
+attention_tiles.SCORES_AT_ONCE = 1 << 12  # its tiles, of a fixed size, are what planning leaves out
 
 
 def _call(self: object, function, *arguments: object, **more: object) -> object:  # type: ignore[no-untyped-def]

@@ -11,7 +11,7 @@ from npu_rec.train import load_run_config, train
 
 SAME_BACKENDS = [
     "ops.hstu_attention=tiled", "ops.sampled_softmax_loss=chunked", "ops.norm_gate=reference",
-    "ops.embedding_lookup=reference",
+    "ops.embedding_lookup=reference", "ops.softmax_attention=tiled",
 ]  # fmt: skip
 VARIANTS = {
     "plain references": ["ops.hstu_attention=reference", "ops.sampled_softmax_loss=reference"],
@@ -26,6 +26,13 @@ VARIANTS = {
     "popular negatives, binary cross entropy": [
         "embedding.optimizer=rowwise_adagrad", "task.options.loss=bce",
         "task.options.negatives=popularity", "task.options.log_q=true",
+    ],
+    "llama, recomputed": ["model.backbone=llama", "train.recompute=true"],
+    "gpt": ["model.backbone=gpt", "model.options.bias=position_time"],
+    "sasrec": ["model.backbone=sasrec", "model.options.variant=original"],
+    "every ablation of hstu": [
+        "model.options.bias=rope", "model.options.scores=softmax", "model.options.gate=false",
+        "model.options.norm=rms", "model.options.residual=post",
     ],
 }  # fmt: skip
 

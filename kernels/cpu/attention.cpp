@@ -1,5 +1,5 @@
-// HSTU attention on the CPU: cuts a batch into (sequence, head) tasks, spreads them over threads, picks the
-// instruction set. Arguments as in npu_rec.ops.hstu_attention.
+// Attention on the CPU: cuts a batch into (sequence, head) tasks, spreads them over threads, picks the instruction set.
+// Arguments as in npu_rec.ops.hstu_attention and softmax_attention.
 #include "ops.h"
 
 #include <ATen/Parallel.h>
@@ -19,12 +19,14 @@ constexpr int64_t MARGIN = 64;  // vector loads may reach a tile past either end
 
 struct Problem {
   Tensor q, k, v, offsets, query_offsets;
-  OptionalTensor ids, limits, position, time, query_time, key_time;
+  OptionalTensor ids, limits, position, time, query_time, key_time, dropout_keys;
   Tensor edges, table;  // table: the position table with margins
   int64_t max_seq_len;
   double alpha, divisor;
   Mask mask;
-  Kernels kernels;
+  int64_t largest_dropped;
+  double keep_scale;
+  AttentionKernels kernels;
 
   int64_t sequences() const { return offsets.numel() - 1; }
   int64_t heads() const { return q.size(1); }
@@ -66,6 +68,8 @@ struct Problem {
       t.sorted = std::is_sorted(t.key_time, t.key_time + n) && std::is_sorted(t.query_time, t.query_time + n - first) &&
                  std::equal(t.key_time + first, t.key_time + n, t.query_time, not_after);
     }
+    if (dropout_keys) t.dropout_keys = dropout_keys->const_data_ptr<int64_t>() + start;
+    t.head = head, t.largest_dropped = int32_t(largest_dropped), t.keep_scale = float(keep_scale);
     return t;
   }
 
@@ -95,7 +99,7 @@ struct Problem {
       for (int64_t thread = begin; thread < end; ++thread) {
         if (threads[thread].empty()) continue;
         const auto longest = task(threads[thread].front() / heads(), 0);
-        const auto floats = kernels.attention_scratch(longest.n, longest.dim_qk, longest.dim_v);
+        const auto floats = kernels.scratch(longest.n, longest.dim_qk, longest.dim_v);
         std::unique_ptr<float[]> scratch(new float[floats]);
         for (int64_t index : threads[thread]) {
           HeadTask t = task(index / heads(), index % heads());
@@ -115,56 +119,41 @@ OptionalTensor whole(const OptionalTensor& x) {
   return x ? OptionalTensor(x->contiguous()) : OptionalTensor();
 }
 
-Problem make_problem(
-    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& offsets, const OptionalTensor& query_offsets,
-    const OptionalTensor& ids, const OptionalTensor& limits, const OptionalTensor& position, const OptionalTensor& time,
-    const OptionalTensor& query_time, const OptionalTensor& key_time, const Tensor& edges, int64_t max_seq_len,
-    double alpha, double divisor, bool causal, int64_t contextual_seq_len, int64_t max_attn_len,
-    int64_t min_full_attn_seq_len, const std::string& isa) {
+Problem make_problem(const AttentionArguments& a) {
+  TORCH_CHECK(a.kind == "hstu" || a.kind == "softmax", "no attention of kind ", a.kind);
+  const Kernels kernels = kernels_of(a.isa);
   Problem p{
-      q.to(at::kFloat).contiguous(), k.to(at::kFloat).contiguous(), v.to(at::kFloat).contiguous(), offsets.contiguous(),
-      query_offsets ? query_offsets->contiguous() : offsets.contiguous(), whole(ids), whole(limits), floats(position),
-      floats(time), whole(query_time), whole(key_time), edges.contiguous(), Tensor(), max_seq_len, alpha, divisor,
-      {causal, contextual_seq_len, max_attn_len, min_full_attn_seq_len}, kernels_of(isa)};
-  if (position) p.table = at::constant_pad_nd(*p.position, {MARGIN, MARGIN});
+      a.q.to(at::kFloat).contiguous(), a.k.to(at::kFloat).contiguous(), a.v.to(at::kFloat).contiguous(),
+      a.offsets.contiguous(), (a.query_offsets ? *a.query_offsets : a.offsets).contiguous(), whole(a.ids),
+      whole(a.limits), floats(a.position), floats(a.time), whole(a.query_time), whole(a.key_time),
+      whole(a.dropout_keys), a.edges.contiguous(), Tensor(), a.max_seq_len, a.alpha, a.divisor,
+      {a.causal, a.contextual_seq_len, a.max_attn_len, a.min_full_attn_seq_len}, a.largest_dropped, a.keep_scale,
+      a.kind == "softmax" ? kernels.softmax : kernels.hstu};
+  if (a.position) p.table = at::constant_pad_nd(*p.position, {MARGIN, MARGIN});
   return p;
 }
 
 }  // namespace
 
-Tensor hstu_attention_forward(
-    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& offsets, const OptionalTensor& query_offsets,
-    const OptionalTensor& ids, const OptionalTensor& limits, const OptionalTensor& position, const OptionalTensor& time,
-    const OptionalTensor& query_time, const OptionalTensor& key_time, const Tensor& edges, int64_t max_seq_len,
-    double alpha, double divisor, bool causal, int64_t contextual_seq_len, int64_t max_attn_len,
-    int64_t min_full_attn_seq_len, const std::string& isa) {
-  const Problem p = make_problem(
-      q, k, v, offsets, query_offsets, ids, limits, position, time, query_time, key_time, edges, max_seq_len, alpha,
-      divisor, causal, contextual_seq_len, max_attn_len, min_full_attn_seq_len, isa);
-  Tensor out = at::empty({q.size(0), v.size(1), v.size(2)}, at::kFloat);
+Tensor attention_forward(const AttentionArguments& arguments) {
+  const Problem p = make_problem(arguments);
+  Tensor out = at::empty({p.q.size(0), p.v.size(1), p.v.size(2)}, at::kFloat);
   float* to = out.mutable_data_ptr<float>();
   p.run([&](HeadTask& t, int64_t index, int64_t) {
     t.out = to + p.output(index);
-    p.kernels.attention_forward(t);
+    p.kernels.forward(t);
   });
-  return out.to(v.scalar_type());
+  return out.to(arguments.v.scalar_type());
 }
 
-std::vector<Tensor> hstu_attention_backward(
-    const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& offsets,
-    const OptionalTensor& query_offsets, const OptionalTensor& ids, const OptionalTensor& limits,
-    const OptionalTensor& position, const OptionalTensor& time, const OptionalTensor& query_time,
-    const OptionalTensor& key_time, const Tensor& edges, int64_t max_seq_len, double alpha, double divisor, bool causal,
-    int64_t contextual_seq_len, int64_t max_attn_len, int64_t min_full_attn_seq_len, const std::string& isa) {
-  const Problem p = make_problem(
-      q, k, v, offsets, query_offsets, ids, limits, position, time, query_time, key_time, edges, max_seq_len, alpha,
-      divisor, causal, contextual_seq_len, max_attn_len, min_full_attn_seq_len, isa);
+std::vector<Tensor> attention_backward(const AttentionArguments& arguments, const Tensor& grad) {
+  const Problem p = make_problem(arguments);
   const Tensor d_out = grad.to(at::kFloat).contiguous();
   Tensor dq = at::empty_like(p.q), dk = at::empty_like(p.k), dv = at::empty_like(p.v);
   // each thread adds to tables of its own, which are summed at the end: no conflicts, a fixed order
-  const int64_t threads = std::max(1, at::get_num_threads());
-  Tensor d_position = at::zeros({threads, position ? p.table.numel() : 0}, at::kFloat);
-  Tensor d_time = at::zeros({threads, time ? p.time->numel() : 0}, at::kFloat);
+  const int64_t threads = std::max(1, at::get_num_threads()), N = p.max_seq_len;
+  Tensor d_position = at::zeros({threads, p.position ? p.table.numel() : 0}, at::kFloat);
+  Tensor d_time = at::zeros({threads, p.time ? p.time->numel() : 0}, at::kFloat);
   float *to_q = dq.mutable_data_ptr<float>(), *to_k = dk.mutable_data_ptr<float>(), *to_v = dv.mutable_data_ptr<float>();
   float *to_position = d_position.mutable_data_ptr<float>(), *to_time = d_time.mutable_data_ptr<float>();
   p.run([&](HeadTask& t, int64_t index, int64_t thread) {
@@ -172,14 +161,17 @@ std::vector<Tensor> hstu_attention_backward(
     t.dq = to_q + (t.q - p.q.const_data_ptr<float>());
     t.dk = to_k + (t.k - p.k.const_data_ptr<float>());
     t.dv = to_v + (t.v - p.v.const_data_ptr<float>());
-    if (position) t.d_position = to_position + thread * d_position.size(1) + MARGIN + max_seq_len - 1;
-    if (time) t.d_time = to_time + thread * d_time.size(1);
-    p.kernels.attention_backward(t);
+    if (p.position) t.d_position = to_position + thread * d_position.size(1) + MARGIN + N - 1;
+    if (p.time) t.d_time = to_time + thread * d_time.size(1);
+    p.kernels.backward(t);
   });
-  Tensor of_position = position ? d_position.sum(0).narrow(0, MARGIN, 2 * max_seq_len - 1).to(position->scalar_type()).clone()
-                                : Tensor(at::empty({0}, at::kFloat));
-  Tensor of_time = time ? d_time.sum(0).to(time->scalar_type()) : Tensor(at::empty({0}, at::kFloat));
-  return {dq.to(q.scalar_type()), dk.to(k.scalar_type()), dv.to(v.scalar_type()), of_position, of_time};
+  Tensor of_position = at::empty({0}, at::kFloat), of_time = at::empty({0}, at::kFloat);
+  if (p.position)
+    of_position = d_position.sum(0).narrow(0, MARGIN, 2 * N - 1).to(arguments.position->scalar_type()).clone();
+  if (p.time) of_time = d_time.sum(0).to(arguments.time->scalar_type());
+  return {
+      dq.to(arguments.q.scalar_type()), dk.to(arguments.k.scalar_type()), dv.to(arguments.v.scalar_type()), of_position,
+      of_time};
 }
 
 }  // namespace npu_rec
