@@ -214,6 +214,16 @@ class TrainConfig(Section):
     batch_tokens: Positive | None = Field(
         None, description="Token budget of a global batch; when set, it closes a batch before `batch_size` does."
     )
+    stochastic_length: float | None = Field(
+        None,
+        gt=1,
+        le=2,
+        description="Stochastic Length with this alpha (docs/data.md): of n > N^(alpha/2) events, N = "
+        "`model.max_seq_len`, all are trained on with chance N^alpha/n^2, else N^(alpha/2) of them. Unset: always all.",
+    )
+    stochastic_selection: Literal["weighted", "random", "recent"] = Field(
+        "weighted", description="Which events those are: weighted by recency (needs times), any, or the newest."
+    )
     accumulate: Positive = Field(1, description="Batches whose gradients one optimiser step adds up.")
     lr: float = Field(1e-3, gt=0, description="Peak learning rate of AdamW.")
     betas: tuple[Probability, Probability] = Field((0.9, 0.98), description="AdamW betas.")

@@ -7,6 +7,7 @@ So any position is reached at once, nothing has to be replayed on resume.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 
 from npu_rec.data.batch import JaggedBatch
 from npu_rec.data.splits import Split
+from npu_rec.data.stochastic_length import StochasticLength
 from npu_rec.ops.random import random_key
 
 Share = Callable[[np.ndarray, int], list[np.ndarray]]
@@ -35,6 +37,7 @@ class TrainLoader:
         batch_tokens: tokens of a global batch at most (a single longer sequence is a batch of its own), or None.
         rank, world: this process takes the share of `rank` among `world` ranks.
         share: who takes what; one process alone takes the batch as it is.
+        stochastic_length: which sequences are read in part, or None; token budget and shares go by what is read.
     """
 
     def __init__(
@@ -47,16 +50,24 @@ class TrainLoader:
         rank: int = 0,
         world: int = 1,
         share: Share = in_order,
+        stochastic_length: StochasticLength | None = None,
     ) -> None:
         self.split, self.batch_size, self.batch_tokens = split, batch_size, batch_tokens
         self.seed, self.rank, self.world = seed, rank, world
         self.share = share if world > 1 else in_order
+        self.stochastic_length = stochastic_length
+
+    def lengths(self, epoch: int) -> np.ndarray:
+        """Tokens that the model reads of each sequence of the split in an epoch, `[S]`."""
+        if self.stochastic_length is None:
+            return self.split.lengths
+        return self.stochastic_length.lengths(epoch, self.split.sequences, self.split.lengths)
 
     def batches(self, epoch: int) -> list[np.ndarray]:
         """The global batches of an epoch: rows of the split, in the order of training."""
         keys = random_key(self.seed, "shuffle", epoch, torch.from_numpy(self.split.sequences))
         order = np.argsort(keys.numpy(), kind="stable")
-        tokens = np.concatenate([[0], np.cumsum(self.split.lengths[order])])
+        tokens = np.concatenate([[0], np.cumsum(self.lengths(epoch)[order])])
         cuts = [0]
         while cuts[-1] < len(order):
             stop = cuts[-1] + self.batch_size
@@ -66,11 +77,13 @@ class TrainLoader:
             cuts.append(min(stop, len(order)))
         return [order[a:b] for a, b in pairwise(cuts)]
 
-    def shares(self, rows: np.ndarray) -> list[np.ndarray]:
-        """For each rank its rows of a global batch."""
-        return [rows[own] for own in self.share(self.split.lengths[rows], self.world)]
+    def shares(self, rows: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
+        """For each rank its rows of a global batch; `lengths [S]` are those of the epoch."""
+        return [rows[own] for own in self.share(lengths[rows], self.world)]
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[JaggedBatch]:
         """This rank's batches of an epoch from batch `start` on."""
+        lengths = self.lengths(epoch)
+        choice = None if self.stochastic_length is None else partial(self.stochastic_length.kept, epoch)
         for rows in self.batches(epoch)[start:]:
-            yield self.split.batch(self.shares(rows)[self.rank])
+            yield self.split.batch(self.shares(rows, lengths)[self.rank], choice=choice)

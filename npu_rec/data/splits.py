@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -12,6 +13,9 @@ from npu_rec.data.batch import JaggedBatch
 from npu_rec.data.store import SequenceStore
 
 Protocol = Literal["holdout", "meta"]
+Choice = Callable[[np.ndarray, np.ndarray, np.ndarray | None], np.ndarray]
+"""Sequence ids `[B]`, events of their windows `[B]`, T in all, and times `[T]` or None -> which events stay, `[T]`."""
+
 HELD_OUT: dict[Protocol, dict[str, int]] = {"holdout": {"valid": 2, "test": 1}, "meta": {"test": 1}}
 
 
@@ -38,30 +42,60 @@ class Split:
         lengths: np.ndarray = self.stops - self.starts - 1
         return lengths
 
-    def batch(self, rows: np.ndarray, remove: Literal["history", "input", "none"] | None = None) -> JaggedBatch:
+    def batch(
+        self,
+        rows: np.ndarray,
+        remove: Literal["history", "input", "none"] | None = None,
+        choice: Choice | None = None,
+    ) -> JaggedBatch:
         """The batch of some rows of the split.
 
         Args:
             rows: `[B]` int64 indices into the split.
             remove: in evaluation, which items the ranking leaves out (`eval.remove`).
+            choice: in training, which events of the windows stay (`windows_batch`).
         """
         sequences, starts, stops = self.sequences[rows], self.starts[rows], self.stops[rows]
         events = self.store.gather(sequences, starts, stops)
-        ends = np.cumsum(stops - starts)  # of windows of two events at least
-        first = np.ones(len(events.item_ids), dtype=bool)
-        first[ends - (stops - starts)] = False
-        last = np.ones(len(events.item_ids), dtype=bool)
-        last[ends - 1] = False
-        columns = {"item_ids": events.item_ids[last], "next_ids": events.item_ids[first]}
-        if events.times is not None:
-            columns |= {"times": events.times[last], "next_times": events.times[first]}
-        offsets = np.concatenate([[0], np.cumsum(stops - starts - 1)])
-        tensors = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in columns.items()}
+        batch = windows_batch(sequences, stops - starts, events.item_ids, events.times, choice)
         if remove is not None:
             kept = {"history": np.zeros_like(starts), "input": starts, "none": stops - 1}[remove]
-            tensors["removed"] = torch.from_numpy(self.store.gather(sequences, kept, stops - 1).item_ids.copy())
-            tensors["removed_offsets"] = torch.from_numpy(np.concatenate([[0], np.cumsum(stops - 1 - kept)]))
-        return JaggedBatch(torch.from_numpy(sequences), torch.from_numpy(offsets), **tensors)
+            removed = torch.from_numpy(self.store.gather(sequences, kept, stops - 1).item_ids.copy())
+            offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(stops - 1 - kept)]))
+            batch = replace(batch, removed=removed, removed_offsets=offsets)
+        return batch
+
+
+def windows_batch(
+    sequences: np.ndarray,
+    sizes: np.ndarray,
+    item_ids: np.ndarray,
+    times: np.ndarray | None,
+    choice: Choice | None = None,
+) -> JaggedBatch:
+    """The batch of windows of events: each event but the last is read and predicts the one after it.
+
+    Args:
+        sequences: `[B]` int64 ids.
+        sizes: `[B]` events of each window, two at least.
+        item_ids, times: `[T]` of the events.
+        choice: which events stay, the last ones among them, or None for all. Each predicts the next that stays.
+    """
+    if choice is not None:
+        mask = choice(sequences, sizes, times)
+        sizes = np.diff(np.concatenate([[0], np.cumsum(mask)])[np.concatenate([[0], np.cumsum(sizes)])])
+        item_ids, times = item_ids[mask], None if times is None else times[mask]
+    ends = np.cumsum(sizes)
+    first = np.ones(len(item_ids), dtype=bool)
+    first[ends - sizes] = False
+    last = np.ones(len(item_ids), dtype=bool)
+    last[ends - 1] = False
+    columns = {"item_ids": item_ids[last], "next_ids": item_ids[first]}
+    if times is not None:
+        columns |= {"times": times[last], "next_times": times[first]}
+    offsets = np.concatenate([[0], np.cumsum(sizes - 1)])
+    tensors = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in columns.items()}
+    return JaggedBatch(torch.from_numpy(sequences), torch.from_numpy(offsets), **tensors)
 
 
 def make_splits(store: SequenceStore, protocol: Protocol, max_seq_len: int) -> dict[str, Split]:

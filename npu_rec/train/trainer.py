@@ -18,6 +18,7 @@ from npu_rec.config import Config, dump_config
 from npu_rec.data import prepare
 from npu_rec.data.batch import JaggedBatch
 from npu_rec.data.loader import TrainLoader, in_order
+from npu_rec.data.stochastic_length import make_stochastic_length
 from npu_rec.device import Device, device_report
 from npu_rec.distributed import World, open_world
 from npu_rec.distributed.balance import SequenceCost, imbalance
@@ -108,6 +109,13 @@ class _Trainer:
         self.config, self.run_dir, self.world, self.device = config, run, world, device
         self.data, self.found, self.position = data, found, Position()
         train = config.train
+        self.stochastic_length = make_stochastic_length(
+            train.stochastic_length,
+            train.stochastic_selection,
+            max_seq_len=config.model.max_seq_len,
+            seed=train.seed,
+            has_times=data.facts.has_times,
+        )
         self.task = build_task(config, data.facts, world)
         self.task.to(device.torch_device)  # before the optimiser: moving may replace parameters
         row_optimizers = attach_row_optimizers(self.task, config, run.path / "tables")
@@ -139,6 +147,7 @@ class _Trainer:
             rank=world.rank // self.sharing,
             world=world.size // self.sharing,
             share=self.cost.share if config.parallel.balance == "cost" else in_order,
+            stochastic_length=self.stochastic_length,
         )
         steps_an_epoch = math.ceil(len(self.loader.batches(0)) / train.accumulate)
         self.total_steps = train.epochs * steps_an_epoch  # of the schedule; token budgets vary a little by epoch
