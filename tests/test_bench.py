@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from conftest import npu_rec
@@ -10,7 +11,10 @@ from torch import Tensor
 
 from npu_rec.bench import attention, embedding, run_suite
 from npu_rec.bench.harness import Contender, compare
+from npu_rec.bench.train_step import attention_saved
+from npu_rec.data.stochastic_length import StochasticLength
 from npu_rec.device import get_device
+from npu_rec.distributed.balance import SequenceCost
 from npu_rec.ops import RowOptimizer, embedding_lookup
 
 CPU = get_device("cpu")
@@ -76,3 +80,19 @@ def test_more_threads_than_a_process_can_have_are_refused() -> None:
     assert done.returncode == 2
     assert "--threads" in done.stderr
     assert "4096" in done.stderr
+
+
+@pytest.mark.parametrize("alpha", [1.6, 1.8])
+def test_attention_saved_is_what_the_rule_promises(alpha: float) -> None:
+    rule = StochasticLength(alpha, 4096, 3, "recent")
+    lengths = np.random.default_rng(0).integers(1, 4097, 64)
+    read = [rule.lengths(epoch, np.arange(64), lengths) for epoch in range(64)]
+    saved, expected = attention_saved(SequenceCost(0.0, 7.0), rule, lengths, read)
+    pairs = 0.0
+    for n in lengths.tolist():  # in plain words
+        part = int(4096 ** (alpha / 2))
+        chance = 1.0 if n <= part else 4096**alpha / n**2
+        pairs += chance * n * (n + 1) / 2 + (1 - chance) * part * (part + 1) / 2
+    assert expected == pytest.approx(1 - pairs / sum(n * (n + 1) / 2 for n in lengths.tolist()))
+    assert saved == pytest.approx(expected, rel=0.05)
+    assert saved != expected

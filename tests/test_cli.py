@@ -143,10 +143,23 @@ def test_doctor(tmp_path: Path) -> None:
 def test_bench_compares_in_one_run() -> None:
     document = npu_rec_json("bench", "train-step", "--repeats", 1, "--threads", 1)
     rows = {row["backend"]: row for row in document["rows"]}
+    assert list(rows) == ["references", "auto", "all events", "stochastic length"]
     assert rows["references"]["speedup"] == 1.0
     assert rows["auto"]["speedup"] > 1.0
     keys = {"name", "backend", "shape", "forward_ms", "backward_ms", "speedup", "peak_extra_bytes", "fraction_of_gemm"}
-    assert rows["auto"].keys() == keys | {"rows_per_second", "forward_tflops", "backward_tflops"}
+    assert rows["auto"].keys() == keys | {
+        "rows_per_second",
+        "forward_tflops",
+        "backward_tflops",
+        "attention_flops_saved",
+        "attention_flops_saved_expected",
+    }
+    assert "N=4096" in rows["stochastic length"]["shape"]
+    assert rows["stochastic length"]["speedup"] > 1.0
+    expected = rows["stochastic length"]["attention_flops_saved_expected"]
+    assert rows["stochastic length"]["attention_flops_saved"] == pytest.approx(expected, rel=0.05)
+    assert 0.5 < expected < 1.0
+    assert rows["all events"]["attention_flops_saved"] is None
     done = npu_rec("bench", "attn")
     assert done.returncode == 2
     assert "attention, loss, embedding, norm-gate, train-step, balance" in done.stderr

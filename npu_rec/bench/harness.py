@@ -44,6 +44,8 @@ class Row:
         fraction_of_gemm: useful floating-point operations a second over those of a matrix product, measured alongside.
         forward_tflops, backward_tflops: useful floating-point operations, 10^12 a second.
         rows_per_second: rows of a table looked up, their backward pass included; None where none are.
+        attention_flops_saved: share of the attention's operations that Stochastic Length saved in what it drew, and
+            what its rule is expected to save for those lengths; None elsewhere.
     """
 
     name: str
@@ -57,6 +59,8 @@ class Row:
     rows_per_second: float | None = None
     forward_tflops: float | None = None
     backward_tflops: float | None = None
+    attention_flops_saved: float | None = None
+    attention_flops_saved_expected: float | None = None
 
     @property
     def total_ms(self) -> float:
