@@ -16,6 +16,7 @@ RULE = "train.stochastic_length=1.2"  # of more than five of 16 events, five
 CASES = {
     "weighted": (RULE,),
     "random, token budget": (RULE, "train.stochastic_selection=random", "train.batch_tokens=60"),
+    "context": (RULE, "parallel.context=2"),
     "recent, rowwise_adagrad": (RULE, "train.stochastic_selection=recent", "embedding.optimizer=rowwise_adagrad"),
 }
 
