@@ -3,12 +3,12 @@
 Lengths of recommendation data have a long tail, and attention costs the square of a length. With N the most events that
 the model reads and alpha in (1, 2], a sequence of n events
 
-    n <= N^(alpha / 2)                         is read whole
-    n >  N^(alpha / 2), with chance N^alpha / n^2    is read whole
-    otherwise                                  is read in part: floor(N^(alpha / 2)) of its events
+    n <= N^(alpha / 2)                              is read whole
+    n >  N^(alpha / 2), with chance N^alpha / n^2   is read whole
+    otherwise                                       is read in part: floor(N^(alpha / 2)) of its events
 
-so attention costs at most 2 N^alpha a sequence in the mean, instead of N^2. All draws are by counter, from the seed, the epoch,
-the sequence and, for the choice of events, the place of each: the batch and the ranks do not change them.
+so attention costs at most 2 N^alpha a sequence in the mean, instead of N^2. All draws are by counter, from the seed,
+the epoch, the sequence and, for the choice of events, the place of each: batches and ranks do not change them.
 """
 
 from __future__ import annotations
