@@ -1,4 +1,4 @@
-"""Stochastic Length of HSTU (arXiv 2402.17152, section 3.2): long training sequences are mostly read in part.
+"""Stochastic Length of HSTU (arXiv 2402.17152): long training sequences are mostly read in part.
 
 Lengths of recommendation data have a long tail, and attention costs the square of a length. With N the most events that
 the model reads and alpha in (1, 2], a sequence of n events
