@@ -95,15 +95,19 @@ def train(
     run_dir: Annotated[Path | None, typer.Option(help="Folder of the run; runs/<name> by default.")] = None,
     simulate_ranks: Annotated[
         int | None,
-        typer.Option(min=1, help="Train nothing: build one of so many ranks, without data, and say what it needs."),
+        typer.Option(min=1, help="Train nothing: build one of so many ranks, without values, and say what it needs."),
     ] = None,
-    rank: Annotated[int, typer.Option(min=0, help="Which of them, from 0.")] = 0,
+    rank: Annotated[int | None, typer.Option(min=0, help="Which of those, from 0; 0 by default.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Train a model and test it."""
     if simulate_ranks is not None:
-        _simulate(_load(config, set_), simulate_ranks, rank, as_json)
+        if run_dir is not None or resume is not None:
+            raise UserError("--simulate-ranks trains nothing: leave out --run-dir and --resume")
+        _simulate(_load(config, set_), simulate_ranks, rank or 0, as_json)
         return
+    if rank is not None:
+        raise UserError("--rank is for --simulate-ranks; torchrun numbers the ranks of a training")
     from npu_rec.train import train as run_training
 
     if os.environ.get("RANK", "0") == "0":
@@ -135,11 +139,12 @@ def train(
 def _simulate(config: Any, ranks: int, rank: int, as_json: bool) -> None:
     from npu_rec.planning import show, simulate_rank
 
-    simulated, movements = simulate_rank(config, rank, ranks)
+    simulated, movements, communicators = simulate_rank(config, rank, ranks)
     document = {
         "simulated_ranks": ranks,
         "rank": rank,
         "memory": vars(simulated.memory),
+        "communicators": communicators,
         "movements": [vars(movement) for movement in movements],
         "tokens": simulated.tokens,
         "flops": simulated.flops,
@@ -149,7 +154,7 @@ def _simulate(config: Any, ranks: int, rank: int, as_json: bool) -> None:
         console.print(
             f"rank {rank} of {ranks:,}: {simulated.tokens:,} events and {simulated.flops:.3g} operations a step"
         )
-        console.print(show.memory_table(simulated.memory))
+        console.print(show.memory_table(simulated.memory, communicators))
         if movements:
             console.print(show.movements_table(movements))
 

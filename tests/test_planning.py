@@ -181,6 +181,39 @@ def test_what_makes_it_fit_is_found_by_planning_it() -> None:
         assert again.bytes_per_card_max == change.bytes_per_card_max
 
 
+def test_more_cards_are_no_help_against_what_each_of_them_holds() -> None:
+    config, tried = small(), []
+    plan = make_plan(config, facts_of(config), Machines(1, 4, 1024, 64 * GIB), tell=tried.append)
+    assert not plan.fits
+    assert not any("cards" in line for line in tried)
+    together = [change for change in plan.changes if len(change.settings) > 1 and change.same_training]
+    alone = {next(iter(c.settings)): c for c in plan.changes if len(c.settings) == 1}
+    for change in together:  # only what helps by itself is combined
+        for name in change.settings:
+            needed = alone[name].bytes_per_card_max
+            assert needed is not None
+            assert needed < plan.bytes_per_card_max
+
+
+def test_a_backbone_that_cannot_share_sequences_is_no_reason_against_the_rest() -> None:
+    overrides = ["data.name=synthetic", "model.backbone=llama", "device.backend=cpu", "model.max_seq_len=32"]
+    config = load_run_config("configs/quickstart.yaml", [*overrides, "train.batch_size=32"])
+    plan = make_plan(config, facts_of(config), Machines(1, 4, 100, 64 * GIB))
+    reasons = {str(change.settings): change.reason for change in plan.changes}
+    assert "cannot share sequences" in reasons["{'parallel.context': 2}"]
+    assert any(len(change.settings) > 1 and change.bytes_per_card_max for change in plan.changes)
+
+
+def test_cards_without_a_sequence_are_mentioned() -> None:
+    plan = make_plan(small(train__batch_size=3), facts_of(small()), Machines(1, 4, 64 * GIB, 64 * GIB))
+    assert plan.notes == ["1 of 4 cards have no sequence: a batch is smaller"]
+
+
+def test_a_catalogue_of_one_item_can_be_planned() -> None:
+    config = changed(small(), {"data.options": {"items": 1, "categories": 1, "max_user_categories": 1}})
+    assert make_plan(config, facts_of(config), Machines(1, 4, 64 * GIB, 64 * GIB)).fits
+
+
 def test_communicators_of_hccl_count() -> None:
     config = small()
     machines = Machines(1, 4, 64 * GIB, 64 * GIB)
@@ -211,8 +244,9 @@ def test_cards_and_nodes() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--cards", 12), "12 cards cannot be divided over nodes of 8; give --cards and --nodes"),
-        (("--cards", 12, "--nodes", 5), "12 cards cannot be divided over 5; give --cards and --nodes"),
+        (("--cards", 12), "12 cards cannot be divided over nodes of 8; give --nodes"),
+        (("--cards", 12, "--nodes", 5), "12 cards cannot be divided over 5 nodes"),
+        (("--cards", 100_000), "100,000 cards: plans are made for up to 4,096"),
         (("--memory", "many"), "--memory: 'many' is no size; write it as 64GiB"),
         (("--length", 500), "--length 500: the model sees 1 to 200 events (model.max_seq_len)"),
         (("--cards", 8, "--set", "parallel.context=3"), "parallel.context: 8 cards cannot be divided into groups of 3"),
@@ -236,3 +270,28 @@ def test_a_rank_is_simulated_by_the_training_command(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())  # nothing was trained, nothing written
     refused = npu_rec(*arguments, "--rank", 16, cwd=tmp_path)
     assert (refused.returncode, refused.stderr) == (2, "error: --rank 16: the 16 ranks are 0 to 15\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "message"),
+    [
+        (("--rank", 3), {}, "--rank is for --simulate-ranks; torchrun numbers the ranks of a training"),
+        (
+            ("--simulate-ranks", 8, "--run-dir", "x"),
+            {},
+            "--simulate-ranks trains nothing: leave out --run-dir and --resume",
+        ),
+        (
+            ("--simulate-ranks", 8),
+            {"WORLD_SIZE": "2", "RANK": "0"},
+            "a simulated rank needs a process of its own, outside of torchrun",
+        ),
+    ],
+)
+def test_training_and_simulating_are_kept_apart(
+    arguments: tuple[object, ...], environment: dict[str, str], message: str, tmp_path: Path
+) -> None:
+    settings = ("configs/quickstart.yaml", "--set", "data.name=synthetic")
+    done = npu_rec("train", *settings, *arguments, cwd=tmp_path, env=environment)
+    assert (done.returncode, done.stderr) == (2, f"error: {message}\n")
+    assert not list(tmp_path.iterdir())

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from npu_rec.config.schedulers import KubernetesConfig, Line, ModelArtsConfig, SlurmConfig, Text, Word, matching
 from npu_rec.config.section import NonNegative, Positive, Section
@@ -36,7 +36,7 @@ def _is_size(text: str) -> str:
     return text
 
 
-Size = Annotated[str, AfterValidator(_is_size)]
+Size = Annotated[str, BeforeValidator(str), AfterValidator(_is_size)]
 
 
 def _is_absolute(path: Path) -> Path:

@@ -18,8 +18,9 @@ class Shortage:
 
     Attributes:
         cards: there are; memory: bytes of each; host_memory: of a node; cards_per_node.
-        needed: bytes of the fullest card; lasting: of those, what does not depend on the batch.
-        table_bytes: of all tables with their states; row_bytes: of one row.
+        needed: bytes of the fullest card; lasting: of those, what does not depend on the batch; fixed: of those, what
+            more cards do not change.
+        held: bytes of its rows with their states; row_bytes: of one row.
         sequences: of the card with the most.
     """
 
@@ -29,30 +30,29 @@ class Shortage:
     host_memory: int
     needed: int
     lasting: int
-    table_bytes: int
+    fixed: int
+    held: int
     row_bytes: float
     sequences: int
 
 
-def changes_for(config: Config, shortage: Shortage) -> Iterator[tuple[Settings, int]]:
-    """Settings to try and on how many cards: one by one, then those that leave the numbers alone together."""
-    cards = shortage.cards
-    harmless = list(_harmless(config, shortage))
-    yield from ((settings, cards) for settings in harmless)
-    yield from ((settings, cards) for settings in _others(config, shortage))
-    together = {name: value for settings in harmless for name, value in settings.items()}
-    if len(harmless) > 1:
-        yield together, cards
-    smallest = cards // together.get("parallel.context", config.parallel.context)  # a sequence a group
-    if harmless and config.train.batch_size > smallest:
-        yield {**together, "train.batch_size": smallest}, cards
-    more = 2
-    while more * shortage.memory < shortage.needed:
-        more *= 2
-    yield from (({}, cards * times) for times in (more, 2 * more, 4 * more))
+@dataclass(frozen=True)
+class Change:
+    """A change of the configuration, and the bytes of the fullest card with it; None: it cannot run so.
+
+    Attributes:
+        same_training: it changes where things are and when they are computed, not what is learnt.
+    """
+
+    settings: dict[str, Any]
+    cards: int
+    bytes_per_card_max: int | None
+    fits: bool
+    same_training: bool
+    reason: str = ""
 
 
-def _harmless(config: Config, shortage: Shortage) -> Iterator[Settings]:
+def harmless(config: Config, shortage: Shortage) -> Iterator[Settings]:
     """What changes where things are and when they are computed, not what is computed."""
     cards = shortage.cards
     if not config.train.recompute:
@@ -68,22 +68,41 @@ def _harmless(config: Config, shortage: Shortage) -> Iterator[Settings]:
         yield {"parallel.context": context}
     sparse = config.embedding.optimizer != "dense" and config.embedding.engine == "native"
     if sparse and config.embedding.tier == "device" and config.embedding.replicas == 1:
-        rows = int(shortage.memory / 2 / shortage.row_bytes)  # half of the card for hot rows
-        on_node = shortage.table_bytes / cards * shortage.cards_per_node
-        tier = "host" if on_node < 0.8 * shortage.host_memory else "disk"
-        yield {"embedding.tier": tier, "embedding.rows": rows, "embedding.eviction": "lru"}
+        left = shortage.memory - (shortage.needed - shortage.held)  # beside everything else on a card
+        rows = int(0.9 * (left if left > 0 else shortage.memory / 2) / shortage.row_bytes)
+        tier = "host" if shortage.held * shortage.cards_per_node < 0.8 * shortage.host_memory else "disk"
+        if rows > 0:
+            yield {"embedding.tier": tier, "embedding.rows": rows, "embedding.eviction": "lru"}
 
 
-def _others(config: Config, shortage: Shortage) -> Iterator[Settings]:
+def others(config: Config, shortage: Shortage) -> Iterator[Settings]:
+    """What trains another model, or with other batches."""
     if config.train.precision == "fp32":
         yield {"train.precision": "bf16"}
     if config.embedding.optimizer == "dense" and config.embedding.placement != "replicated":
-        sparse = {"embedding.optimizer": "rowwise_adagrad", "train.accumulate": 1}
-        yield sparse if config.train.clip_norm is None else {**sparse, "train.clip": "dense"}
+        sparse: Settings = {"embedding.optimizer": "rowwise_adagrad"}
+        sparse |= {"train.accumulate": 1} if config.train.accumulate > 1 else {}
+        yield sparse | ({} if config.train.clip_norm is None else {"train.clip": "dense"})
     each = (shortage.needed - shortage.lasting) / shortage.sequences
     sequences = int(0.95 * (shortage.memory - shortage.lasting) / each)
     if 1 <= sequences < shortage.sequences:
         yield {"train.batch_size": sequences * (shortage.cards // config.parallel.context)}
+
+
+def smallest_batch(config: Config, settings: Settings, cards: int) -> Settings | None:
+    """The settings with a sequence for each card (each group of `parallel.context`); None: there are no more now."""
+    smallest = cards // settings.get("parallel.context", config.parallel.context)
+    return {**settings, "train.batch_size": smallest} if config.train.batch_size > smallest else None
+
+
+def more_cards(shortage: Shortage, most: int) -> Iterator[int]:
+    """Numbers of cards, `most` at most, that may be enough; none where what each holds anyway is too much."""
+    if shortage.fixed >= shortage.memory:
+        return
+    cards = shortage.cards * 2
+    while (shortage.needed - shortage.fixed) * shortage.cards / cards + shortage.fixed > shortage.memory:
+        cards *= 2
+    yield from (n for n in (cards, 2 * cards, 4 * cards) if n <= most)
 
 
 def changed(config: Config, settings: Settings) -> Config:

@@ -1,10 +1,10 @@
-"""Where everything goes on a cluster, what moves, whether it fits, and what would make it fit."""
+"""Where everything goes on a cluster, what moves, and whether it fits."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import Tensor
@@ -13,11 +13,12 @@ from npu_rec.config import Config, parse_bytes
 from npu_rec.distributed.balance import imbalance
 from npu_rec.distributed.mirror import Message
 from npu_rec.errors import ConfigError, TrainingError
-from npu_rec.planning.changes import Shortage, changed, changes_for
+from npu_rec.planning.changes import Change
 from npu_rec.planning.simulate import Memory, Rank, simulate
 from npu_rec.planning.size import Load, facts_of, load_of
 from npu_rec.tasks import DataFacts
 
+MOST_CARDS = 4096  # one rank of so many takes some gigabytes to build
 HCCL_BUFFERS = 2 * 200 * 2**20  # bytes of a communicator, unless HCCL_BUFFSIZE (MiB of one buffer) says otherwise
 
 
@@ -56,17 +57,6 @@ class Movement:
 
 
 @dataclass(frozen=True)
-class Change:
-    """A change of the configuration, and the bytes of the fullest card with it; None: it cannot run so."""
-
-    settings: dict[str, Any]
-    cards: int
-    bytes_per_card_max: int | None
-    fits: bool
-    reason: str = ""
-
-
-@dataclass(frozen=True)
 class Plan:
     """The answer of `npu-rec plan`; bytes.
 
@@ -77,7 +67,7 @@ class Plan:
         host_bytes_per_node: of rows in host memory and of what each process must know of the data set.
         disk_bytes_per_node: of rows on disk.
         imbalance: largest over mean of the cards, of the bytes of the tables and of the tokens of a step.
-        problems: why it does not fit; empty where it does.
+        problems: why it does not fit; empty where it does. notes: what else one should know.
         changes: what was tried then, one at a time and then together.
     """
 
@@ -90,6 +80,7 @@ class Plan:
     memory_limit: int
     fits: bool
     problems: list[str]
+    notes: list[str]
     memory: Memory
     communicators: int
     host_bytes_per_node: int
@@ -117,10 +108,12 @@ def machines_of(config: Config, cards: int | None, nodes: int | None, memory: st
         cards = (nodes or cluster.nodes) * each
     if nodes is None:
         nodes = max(1, cards // each) if cards % each == 0 or cards < each else 0
-    if nodes == 0 or cards % nodes:
-        raise ConfigError(
-            f"{cards} cards cannot be divided over {nodes or f'nodes of {each}'}; give --cards and --nodes"
-        )
+    if nodes == 0:
+        raise ConfigError(f"{cards} cards cannot be divided over nodes of {each}; give --nodes")
+    if cards % nodes:
+        raise ConfigError(f"{cards} cards cannot be divided over {nodes} nodes")
+    if cards > MOST_CARDS:
+        raise ConfigError(f"{cards:,} cards: plans are made for up to {MOST_CARDS:,}")
     try:
         limit = parse_bytes(memory or cluster.memory)
     except ValueError as error:
@@ -128,86 +121,31 @@ def machines_of(config: Config, cards: int | None, nodes: int | None, memory: st
     return Machines(nodes, cards // nodes, limit, parse_bytes(cluster.host_memory))
 
 
-def simulate_rank(config: Config, rank: int, ranks: int) -> tuple[Rank, list[Movement]]:
-    """One rank of many with full sequences, and what it sends; `npu-rec train --simulate-ranks`.
+def simulate_rank(config: Config, rank: int, ranks: int) -> tuple[Rank, list[Movement], int]:
+    """One rank of many with full sequences, what it sends, bytes of HCCL; `npu-rec train --simulate-ranks`.
 
     Raises:
         ConfigError: there is no such rank, or it cannot be built.
     """
     if rank >= ranks:
         raise ConfigError(f"--rank {rank}: the {ranks} ranks are 0 to {ranks - 1}")
+    if ranks > MOST_CARDS:
+        raise ConfigError(f"--simulate-ranks {ranks:,}: at most {MOST_CARDS:,}")
     load = load_of(config, ranks, None)
     each = min(ranks, config.cluster.cards_per_node)
     try:
         simulated = simulate(config, facts_of(config), load, rank=rank, ranks=ranks, ranks_per_node=each)
     except TrainingError as error:
         raise ConfigError(str(error)) from None
-    return simulated, _movements(config, simulated.messages)
+    return simulated, _movements(config, simulated.messages), _communicators(config, simulated.messages)
 
 
-def make_plan(
-    config: Config,
-    facts: DataFacts,
-    machines: Machines,
-    length: int | None = None,
-    tell: Callable[[str], None] = lambda line: None,
-) -> Plan:
+def plan_step(config: Config, facts: DataFacts, machines: Machines, length: int | None = None) -> Plan:
     """Plan a training step in which every sequence has `length` events (None: as many as the model sees).
-
-    Args:
-        tell: hears what is being tried where it does not fit.
 
     Raises:
         ConfigError: the configuration cannot be built on so many cards.
     """
-    plan = _plan(config, facts, machines, length)
-    if plan.fits:
-        return plan
-    tried: list[Change] = []
-    for settings, cards in changes_for(config, _shortage(plan, machines)):
-        if cards > machines.cards and any(change.fits for change in tried):
-            break  # more cards are the last thing to try
-        tell(f"does not fit; trying {described(settings, cards)}")
-        more = machines if cards == machines.cards else _with_cards(machines, cards)
-        tried.append(_try(config, facts, more, length, settings))
-    return replace(plan, changes=tried)
-
-
-def _shortage(plan: Plan, machines: Machines) -> Shortage:
-    memory, tables = plan.memory, plan.tables
-    held = sum(table["bytes_per_card_max"] for table in tables)
-    return Shortage(
-        cards=machines.cards,
-        cards_per_node=machines.cards_per_node,
-        memory=machines.memory,
-        host_memory=machines.host_memory,
-        needed=plan.bytes_per_card_max,
-        lasting=held + memory.parameters + memory.optimizer_states + memory.gradients + plan.communicators,
-        table_bytes=held * machines.cards,
-        row_bytes=sum(4 * table["dim"] * (1 + table["state"]) for table in tables),
-        sequences=plan.load.sequences,
-    )
-
-
-def described(settings: dict[str, Any], cards: int) -> str:
-    """A change in words: its settings, or more cards."""
-    return ", ".join(f"{name}={str(value).lower()}" for name, value in settings.items()) or f"{cards:,} cards"
-
-
-def _with_cards(machines: Machines, cards: int) -> Machines:
-    nodes = -(-cards // machines.cards_per_node)
-    return Machines(nodes, cards // nodes, machines.memory, machines.host_memory)
-
-
-def _try(config: Config, facts: DataFacts, machines: Machines, length: int | None, settings: dict[str, Any]) -> Change:
-    try:
-        plan = _plan(changed(config, settings), facts, machines, length)
-    except ConfigError as error:
-        return Change(settings, machines.cards, None, False, str(error))
-    return Change(settings, machines.cards, plan.bytes_per_card_max, plan.fits, "; ".join(plan.problems))
-
-
-def _plan(config: Config, facts: DataFacts, machines: Machines, length: int | None) -> Plan:
     cards = machines.cards
     load = load_of(config, cards, length)
     try:
@@ -220,9 +158,9 @@ def _plan(config: Config, facts: DataFacts, machines: Machines, length: int | No
     host, disk = _below(rank, facts, machines)
     problems = []
     if peak > machines.memory:
-        problems.append(f"a card needs {peak / 2**30:.2f} GiB of {machines.memory / 2**30:.2f}")
+        problems.append(f"a card needs {size(peak)} of {size(machines.memory)}")
     if host > machines.host_memory:
-        problems.append(f"a node's host needs {host / 2**30:.1f} GiB of {machines.host_memory / 2**30:.1f}")
+        problems.append(f"a node's host needs {size(host)} of {size(machines.host_memory)}")
     movements = _movements(config, rank.messages)
     tables = [_table(table, cards) for table in rank.tables]
     table_parameters = sum(table["parameters"] for table in tables)
@@ -236,6 +174,7 @@ def _plan(config: Config, facts: DataFacts, machines: Machines, length: int | No
         memory_limit=machines.memory,
         fits=not problems,
         problems=problems,
+        notes=_notes(load, cards, config),
         memory=rank.memory,
         communicators=communicators,
         host_bytes_per_node=host,
@@ -250,6 +189,21 @@ def _plan(config: Config, facts: DataFacts, machines: Machines, length: int | No
         seconds_moving=sum(movement.seconds for movement in movements),
         changes=[],
     )
+
+
+def size(count: float) -> str:
+    """`17.20 GiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if count < 1024 or unit == "TiB":
+            break
+        count /= 1024
+    return f"{count:.0f} B" if unit == "B" else f"{count:,.2f} {unit}"
+
+
+def _notes(load: Load, cards: int, config: Config) -> list[str]:
+    groups = cards // config.parallel.context if cards > 1 else 1
+    idle = groups - round(load.mean_sequences * groups)
+    return [f"{idle} of {groups} cards have no sequence: a batch is smaller"] if idle > 0 else []
 
 
 def _communicators(config: Config, messages: Sequence[Message]) -> int:

@@ -7,7 +7,8 @@ from typing import Any
 
 from rich.table import Table
 
-from npu_rec.planning.plan import Movement, Plan, described
+from npu_rec.planning.advice import described
+from npu_rec.planning.plan import Movement, Plan, size
 from npu_rec.planning.simulate import Memory
 
 _MEMORY = {
@@ -20,15 +21,6 @@ _MEMORY = {
     "buffers": "the batch, its plan, DDP's buckets",
     "peak": "at the fullest moment of a step",
 }
-
-
-def size(count: float) -> str:
-    """`17.2 GiB`."""
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if count < 1024 or unit == "TiB":
-            break
-        count /= 1024
-    return f"{count:.0f} B" if unit == "B" else f"{count:,.2f} {unit}"
 
 
 def memory_table(memory: Memory, communicators: int = 0) -> Table:
@@ -70,17 +62,21 @@ def headline(plan: Plan) -> str:
     load = plan.load
     return (
         f"{plan.name}: {plan.parameters:,} parameters, {plan.table_parameters:,} of them in tables, on {plan.cards:,} "
-        f"cards of {size(plan.memory_limit)} in {plan.nodes:,} nodes\n"
-        f"a step: {load.sequences} sequences of {load.length:,} events on the card with the most (largest/mean "
-        f"{plan.imbalance['tokens']:.3f}), {plan.flops_per_card:.3g} operations a card"
+        f"cards of {size(plan.memory_limit)} in {_count(plan.nodes, 'node')}\n"
+        f"a step: {_count(load.sequences, 'sequence')} of {load.length:,} events on the card with the most "
+        f"(largest/mean {plan.imbalance['tokens']:.3f}), {plan.flops_per_card:.3g} operations a card"
     )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def verdict(plan: Plan) -> str:
     """Whether it fits."""
     moving = f"{1e3 * plan.seconds_moving:.1f} ms of sending a step, if nothing else went on meanwhile"
     host = [f"{size(n)} {what} a node" for n, what in _below(plan) if n]
-    text = "\n".join([moving, *host])
+    text = "\n".join([moving, *host, *plan.notes])
     if plan.fits:
         return f"{text}\nfits: {size(plan.bytes_per_card_max)} of {size(plan.memory_limit)} a card"
     return f"{text}\ndoes not fit: {'; '.join(plan.problems)}"
@@ -92,8 +88,9 @@ def _below(plan: Plan) -> list[tuple[int, str]]:
 
 def changes_table(plan: Plan) -> Table:
     """What was tried to make it fit."""
-    table = Table("with", "fullest card", "fits")
+    table = Table("with", "fullest card", "fits", "trains the same")
     for change in plan.changes:
         held = "cannot run" if change.bytes_per_card_max is None else size(change.bytes_per_card_max)
-        table.add_row(described(change.settings, change.cards), held, "yes" if change.fits else change.reason)
+        same = "yes" if change.same_training else "no"
+        table.add_row(described(change.settings, change.cards), held, "yes" if change.fits else change.reason, same)
     return table

@@ -22,7 +22,7 @@ from npu_rec.config import Config
 from npu_rec.device import get_device
 from npu_rec.distributed import World
 from npu_rec.distributed.mirror import Message, close_mirror, open_mirror
-from npu_rec.distributed.world import ALONE
+from npu_rec.distributed.world import ALONE, asked_size
 from npu_rec.embedding import SlotTable, StaticTable
 from npu_rec.errors import ConfigError
 from npu_rec.ops import RowOptimizer
@@ -128,7 +128,7 @@ def _continued(few: Rank, more: Rank, sequences: tuple[int, int, int]) -> Rank:
 def _simulated(config: Config, facts: DataFacts, load: Load, rank: int, ranks: int, ranks_per_node: int) -> Rank:
     if config.embedding.engine == "torchrec":
         raise ConfigError("embedding.engine: TorchRec places its tables itself; plan with engine native")
-    if dist.is_initialized():
+    if asked_size() > 1 or dist.is_initialized():
         raise ConfigError("a simulated rank needs a process of its own, outside of torchrun")
     messages: list[Message] = []
     with _world(rank, ranks, ranks_per_node, messages) as world:

@@ -40,8 +40,8 @@ def _unique(x: Tensor, *flags: bool, **more: bool) -> tuple[Tensor, ...]:
 
 
 def _number(x: Tensor) -> float | int:
-    """A loss that is finite, an id that every table has."""
-    return 1.0 if x.dtype.is_floating_point else 1
+    """A loss that is finite, an id that every table has; of a question, no."""
+    return 1.0 if x.dtype.is_floating_point else 0
 
 
 # What an operator answers whose result depends on data.
