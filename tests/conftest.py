@@ -70,6 +70,13 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return config
 
 
+@pytest.fixture
+def no_process_group() -> None:
+    """End the group of one process that the engine torchrec may have made here: simulated ranks make their own."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def npu_rec(
     *arguments: object, cwd: Path | None = None, env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:

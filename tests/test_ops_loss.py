@@ -309,7 +309,8 @@ def test_low_precision_errs_at_most_twice_as_much_as_plain_pytorch(backend: str,
     except BackendError as error:
         pytest.skip(str(error))
     for name, error in max_error(actual, exact).items():
-        assert error <= 2 * allowed[name] + 2 * torch.finfo(torch.float32).eps * float(exact[name].abs().max()), name
+        # and a few roundings of the largest: processors sum in different orders
+        assert error <= 2 * allowed[name] + 4 * torch.finfo(torch.float32).eps * float(exact[name].abs().max()), name
 
 
 @pytest.mark.parametrize("backend", ALL)

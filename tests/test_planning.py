@@ -20,6 +20,8 @@ from npu_rec.planning.simulate import Rank, simulate
 from npu_rec.planning.size import Load, load_of
 from npu_rec.train import load_run_config
 
+pytestmark = pytest.mark.usefixtures("no_process_group")
+
 GIB = 2**30
 SPARSE = {"embedding.optimizer": "rowwise_adagrad"}
 

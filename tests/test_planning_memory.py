@@ -14,7 +14,7 @@ from npu_rec.planning.simulate import simulate
 from npu_rec.planning.size import facts_of, load_of
 from npu_rec.train import load_run_config
 
-pytestmark = needs_fake_npu
+pytestmark = [needs_fake_npu, pytest.mark.usefixtures("no_process_group")]
 
 LENGTH = 32
 CONFIG = """
