@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 
 from npu_rec.data.batch import JaggedBatch
 from npu_rec.data.store import SequenceStore
+from npu_rec.ops.random import random_key, random_uniform
 
 Protocol = Literal["holdout", "meta"]
 HELD_OUT: dict[Protocol, dict[str, int]] = {"holdout": {"valid": 2, "test": 1}, "meta": {"test": 1}}
@@ -79,6 +80,15 @@ def make_splits(store: SequenceStore, protocol: Protocol, max_seq_len: int) -> d
         stop = stop[sequences]
         splits[name] = Split(store, sequences, np.maximum(stop - max_seq_len - 1, 0), stop, name)
     return splits
+
+
+def share_of(split: Split, fraction: float, seed: int) -> Split:
+    """The sequences whose hash with `seed` falls below `fraction`; a smaller fraction's are among a larger one's."""
+    if fraction >= 1.0:
+        return split
+    keys = random_key(seed, "fraction", torch.from_numpy(split.sequences))
+    kept = (random_uniform(keys, 1)[:, 0] < fraction).numpy()
+    return replace(split, sequences=split.sequences[kept], starts=split.starts[kept], stops=split.stops[kept])
 
 
 def train_item_counts(split: Split, num_items: int) -> np.ndarray:

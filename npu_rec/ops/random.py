@@ -11,7 +11,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_PURPOSES = {"dropout": 1, "negatives": 2, "rows": 3, "shuffle": 4, "data": 5, "owner": 6, "admission": 7}
+_PURPOSES = {
+    "dropout": 1,
+    "negatives": 2,
+    "rows": 3,
+    "shuffle": 4,
+    "data": 5,
+    "owner": 6,
+    "admission": 7,
+    "fraction": 8,
+}
 
 
 def _signed(value: int, bits: int) -> int:
