@@ -20,6 +20,9 @@ from npu_rec.scaling.fits import Array
 
 Sign = Literal["divide", "multiply"]
 
+STARTS = 4
+"""Exponents of a coarse grid, those with the least error, from which the search goes."""
+
 
 def corrected_tokens(tokens: npt.ArrayLike, entropy: npt.ArrayLike, sign: Sign) -> Array:
     """D': `divide` is tokens / ApEn, as in the paper's main text and the authors' code; `multiply` tokens * ApEn.
@@ -91,9 +94,10 @@ def fit_performance_law(
         linear = np.asarray(np.linalg.lstsq(design, y - data, rcond=None)[0], dtype=np.float64)
         return linear, design @ linear + data - y
 
-    starts = itertools.product((0.05, 0.5, 1.5), (0.05, 0.5, 1.5), (-0.05, 0.0, 0.05))
+    grid = itertools.product((-0.5, 0.05, 0.3, 1.0, 2.0), (-0.5, 0.05, 0.3, 1.0, 2.0), (-0.1, -0.02, 0.0, 0.02, 0.1))
+    starts = sorted(grid, key=lambda w: float((solve(np.array(w))[1] ** 2).sum()))[:STARTS]
     ends = [
-        least_squares(lambda w: solve(w)[1], start, bounds=(-4.0, 4.0), x_scale=(1, 1, 0.1), max_nfev=200)
+        least_squares(lambda w: solve(w)[1], start, bounds=(-4.0, 4.0), x_scale=(1, 1, 0.1), ftol=1e-7, max_nfev=60)
         for start in starts
     ]
     best = min(ends, key=lambda end: float(end.cost))
