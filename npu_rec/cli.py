@@ -391,6 +391,9 @@ def selftest(
 def sweep(
     config: Annotated[str, typer.Argument(metavar="STUDY", help="YAML file, such as configs/scaling/quick.yaml.")],
     out: Annotated[Path | None, typer.Option(help="Folder of the study; runs/sweeps/<name> by default.")] = None,
+    run_dir: Annotated[
+        Path | None, typer.Option(help="Folder of the points' run directories; that of the study by default.")
+    ] = None,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Points at once; by default as many as the cores have threads for.")
     ] = None,
@@ -407,7 +410,9 @@ def sweep(
     failed = []
     if not report_only:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the points end as well
-        failed = run_sweep(study, folder, workers=workers, tell=lambda line: print(line, file=sys.stderr, flush=True))
+        failed = run_sweep(
+            study, folder, runs=run_dir, workers=workers, tell=lambda line: print(line, file=sys.stderr, flush=True)
+        )
     rows = finished_rows(study, read_results(folder / "results.jsonl"))
     folder.mkdir(parents=True, exist_ok=True)
     report = write_report(study, rows, folder)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from conftest import npu_rec, npu_rec_json
 
+from npu_rec.config import PACKAGED_CONFIGS
 from npu_rec.errors import ConfigError, DataError, UserError
 from npu_rec.scaling.results import finished_rows, read_results, write_row
 from npu_rec.scaling.study import Study, load_study
@@ -54,6 +55,13 @@ def test_points_of_a_study(shop: Path, tmp_path: Path) -> None:
     assert last.settings == {"model.backbone": "llama", "size": "large"}
     assert (last.config.model.backbone, last.config.model.embedding_dim, last.config.device.threads) == ("llama", 16, 1)
     assert len({point.fingerprint for point in study.points}) == 4
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGED_CONFIGS / "scaling").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_studies_are_valid(path: Path) -> None:
+    study = load_study(path)
+    assert study.config.name == path.stem
+    assert len(study.points) > 1
 
 
 def test_a_fingerprint_heeds_what_is_measured_alone(shop: Path, tmp_path: Path) -> None:
@@ -167,8 +175,8 @@ def test_rows_alone_are_enough(shop: Path, tmp_path: Path) -> None:
 
 def test_a_failing_point_stops_no_other(shop: Path, tmp_path: Path) -> None:
     text = STUDY.replace("[hstu, llama]", "[llama]").replace("small: {{", "small: {{data.fraction: 1.0e-9, ")
-    study, out = write_study(tmp_path, shop, text), tmp_path / "out"
-    done = npu_rec("sweep", study, "--out", out, "--json")
+    study, out, runs = write_study(tmp_path, shop, text), tmp_path / "out", tmp_path / "runs"
+    done = npu_rec("sweep", study, "--out", out, "--run-dir", runs, "--json")
     assert done.returncode == 1
     document = json.loads(done.stdout)
     (failed,) = document["failed"]
@@ -176,6 +184,8 @@ def test_a_failing_point_stops_no_other(shop: Path, tmp_path: Path) -> None:
     assert "train split" in failed["reason"]
     assert document["finished"] == 1
     assert "1 of 2 points failed" in done.stderr
+    assert {path.name for path in runs.iterdir()} == {point.name for point in load_study(study).points}
+    assert not {path.name for path in out.iterdir()} & {path.name for path in runs.iterdir()}
 
 
 def test_a_cut_off_row_is_left_out(tmp_path: Path) -> None:

@@ -33,17 +33,22 @@ def workers_for(threads: int, workers: int | None) -> int:
     return workers or most
 
 
-def run_sweep(study: Study, out: Path, *, workers: int | None = None, tell: Tell = lambda line: None) -> list[Row]:
+def run_sweep(
+    study: Study, out: Path, *, runs: Path | None = None, workers: int | None = None, tell: Tell = lambda line: None
+) -> list[Row]:
     """Run the points that have no result yet; returns the rows of those that failed.
+
+    Args:
+        runs: where the run directories are, `out` by default.
 
     A point with a row in `<out>/results.jsonl` is finished; one that was interrupted goes on from its newest
     checkpoint. A point that fails is recorded, the others go on, and the next sweep tries it again.
     """
-    results = out / "results.jsonl"
+    results, runs = out / "results.jsonl", out if runs is None else runs
     done = {row["point"] for row in finished_rows(study, read_results(results))}
     waiting = deque(point for point in study.points if point.name not in done)
     for point in list(waiting):
-        row = _left_behind(point, out)
+        row = _left_behind(point, runs)
         if row is not None:  # it ended after the sweep had
             write_row(results, row)
             waiting.remove(point)
@@ -57,10 +62,10 @@ def run_sweep(study: Study, out: Path, *, workers: int | None = None, tell: Tell
         while waiting or running:
             while waiting and len(running) < count:
                 point = waiting.popleft()
-                running[_start(study, point, out)] = point, time.perf_counter()
+                running[_start(study, point, runs)] = point, time.perf_counter()
             for process in [p for p in running if p.poll() is not None]:
                 point, start = running.pop(process)
-                row = _left_behind(point, out) or _failure(point, out, process.returncode)
+                row = _left_behind(point, runs) or _failure(point, runs, process.returncode)
                 write_row(results, row)
                 if row["status"] == "failed":
                     failed.append(row)
@@ -76,8 +81,8 @@ def run_sweep(study: Study, out: Path, *, workers: int | None = None, tell: Tell
     return failed
 
 
-def _start(study: Study, point: Point, out: Path) -> subprocess.Popen[bytes]:
-    folder = out / point.name
+def _start(study: Study, point: Point, runs: Path) -> subprocess.Popen[bytes]:
+    folder = runs / point.name
     write_order(folder, point, study.config.entropy.model_dump())
     threads = {
         name: str(study.config.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -92,17 +97,17 @@ def _start(study: Study, point: Point, out: Path) -> subprocess.Popen[bytes]:
         )
 
 
-def _left_behind(point: Point, out: Path) -> Row | None:
+def _left_behind(point: Point, runs: Path) -> Row | None:
     """The result in a run directory, if it is that of this configuration."""
-    path = out / point.name / RESULT
+    path = runs / point.name / RESULT
     if not path.is_file():
         return None
     row: Row = json.loads(path.read_text())
     return row if row["fingerprint"] == point.fingerprint else None
 
 
-def _failure(point: Point, out: Path, code: int) -> Row:
-    lines = (out / point.name / "log.txt").read_text(errors="replace").strip().splitlines()
+def _failure(point: Point, runs: Path, code: int) -> Row:
+    lines = (runs / point.name / "log.txt").read_text(errors="replace").strip().splitlines()
     reason = lines[-1] if lines else f"exit code {code}"
     return {
         "point": point.name,
