@@ -15,7 +15,7 @@ from npu_rec.scaling.results import Row, value_of
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatterSciNotation, NullFormatter
+from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
 # Okabe and Ito, Color Universal Design (2008): told apart under every common colour-blindness; shapes as well
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -74,7 +74,10 @@ def _figure(rows: list[Row], laws: list[Law], targets: list[str], variable: str)
                     axis.plot(line, law.fit.predict({variable: line}), color=colour, lw=1.4)
         axis.set_xlabel(LABELS[variable], fontsize=9)
         axis.set_title(target if is_loss(target) else f"1 - {target}", fontsize=10)
-        axis.yaxis.set_major_formatter(LogFormatterSciNotation(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
+        plain = StrMethodFormatter("{x:.3g}")
+        low, high = axis.get_ylim()
+        axis.yaxis.set_major_formatter(plain)
+        axis.yaxis.set_minor_formatter(plain if high < 12 * low else NullFormatter())
         axis.xaxis.set_minor_formatter(NullFormatter())
         axis.tick_params(labelsize=8, which="both")
         axis.grid(alpha=0.25, which="major")
