@@ -18,7 +18,7 @@ from npu_rec.config import DataConfig
 from npu_rec.data import Events, SequenceStore, prepare
 from npu_rec.data.batch import JaggedBatch
 from npu_rec.data.loader import TrainLoader
-from npu_rec.data.splits import Protocol, Split, make_splits, train_item_counts
+from npu_rec.data.splits import Protocol, Split, make_splits, share_of, train_item_counts
 
 Event = tuple[int, int | None]  # item, time
 Users = list[list[Event]]
@@ -257,3 +257,15 @@ def test_every_first_place_is_equally_likely() -> None:
     firsts = np.bincount([case.loader().batches(epoch)[0][0] for epoch in range(800)], minlength=8)
     assert firsts.min() > 60  # 100 each on average
     assert firsts.max() < 145
+
+
+def test_share_of_the_sequences_is_nested_and_about_as_large_as_asked() -> None:
+    split = random_split([5] * 4000)
+    parts = [share_of(split, fraction, seed=3) for fraction in (0.1, 0.4, 1.0)]
+    assert [len(part) / 4000 for part in parts] == pytest.approx([0.1, 0.4, 1.0], abs=0.03)
+    assert set(parts[0].sequences) < set(parts[1].sequences) < set(parts[2].sequences)
+    assert parts[2] is split
+    assert set(parts[0].sequences) != set(share_of(split, 0.1, seed=4).sequences)
+    kept = np.isin(split.sequences, parts[1].sequences)
+    assert np.array_equal(parts[1].starts, split.starts[kept])
+    assert np.array_equal(parts[1].stops, split.stops[kept])

@@ -8,6 +8,7 @@ from npu_rec.config.compose import (
     load_config,
     load_resolved,
     located,
+    read_yaml,
     validate,
 )
 from npu_rec.config.schema import (
@@ -49,5 +50,6 @@ __all__ = [
     "load_resolved",
     "located",
     "parse_bytes",
+    "read_yaml",
     "validate",
 ]

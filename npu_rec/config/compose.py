@@ -225,3 +225,9 @@ def _parse_override(text: str) -> dict[str, Any]:
 def dump_config(config: Config) -> str:
     """The resolved configuration as YAML; `load_config` reads it back to an equal one."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file that is no configuration by itself, with `${NAME}` replaced; a key given twice is an error."""
+    expanded: dict[str, Any] = _expand(_parse(path, str(path)), str(path))
+    return expanded

@@ -51,6 +51,13 @@ class DataConfig(Section):
     duplicates: Literal["keep", "drop"] = Field(
         "keep", description="Events equal in user, item, time and action: kept or dropped, and counted."
     )
+    fraction: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Share of the sequences that train, chosen by a hash of sequence and `train.seed`; a smaller share "
+        "is part of a larger one. All are evaluated.",
+    )
     options: dict[str, Any] = Field(default_factory=dict, description="Options of the recipe.")
 
 

@@ -11,6 +11,7 @@ import torch
 
 from npu_rec.data.batch import JaggedBatch
 from npu_rec.data.store import SequenceStore
+from npu_rec.ops.random import random_key, random_uniform
 
 Protocol = Literal["holdout", "meta"]
 Choice = Callable[[np.ndarray, np.ndarray, np.ndarray | None], np.ndarray]
@@ -113,6 +114,15 @@ def make_splits(store: SequenceStore, protocol: Protocol, max_seq_len: int) -> d
         stop = stop[sequences]
         splits[name] = Split(store, sequences, np.maximum(stop - max_seq_len - 1, 0), stop, name)
     return splits
+
+
+def share_of(split: Split, fraction: float, seed: int) -> Split:
+    """The sequences whose hash with `seed` falls below `fraction`; a smaller fraction's are among a larger one's."""
+    if fraction >= 1.0:
+        return split
+    keys = random_key(seed, "fraction", torch.from_numpy(split.sequences))
+    kept = (random_uniform(keys, 1)[:, 0] < fraction).numpy()
+    return replace(split, sequences=split.sequences[kept], starts=split.starts[kept], stops=split.stops[kept])
 
 
 def train_item_counts(split: Split, num_items: int) -> np.ndarray:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from npu_rec.config import Config, load_config
 from npu_rec.data import SequenceStore, prepare
-from npu_rec.data.splits import Split, make_splits, train_item_counts
+from npu_rec.data.splits import Split, make_splits, share_of, train_item_counts
 from npu_rec.device import Device, get_device
 from npu_rec.errors import DataError
 from npu_rec.evaluation import compute_metrics
@@ -52,6 +52,7 @@ def open_data(config: Config) -> RunData:
     path = prepare(config.data)
     store = SequenceStore(path)
     splits = make_splits(store, config.eval.protocol, config.model.max_seq_len)
+    splits["train"] = share_of(splits["train"], config.data.fraction, config.train.seed)
     for name, split in splits.items():
         if len(split) == 0:
             raise DataError(

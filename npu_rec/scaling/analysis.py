@@ -1,0 +1,211 @@
+"""What a study's points say: laws by backbone, the largest point predicted, the Performance Law."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from npu_rec.errors import ConfigError
+from npu_rec.scaling.fits import Array, Fit, Form, fit, held_out_largest
+from npu_rec.scaling.performance_law import PerformanceLaw, Sign, corrected_tokens, fit_performance_law
+from npu_rec.scaling.results import Row, value_of
+
+VARIABLES = {"parameters": "parameters", "flops": "compute", "tokens": "data"}
+"""Key of a row -> what laws call it."""
+BOOTSTRAP = 500
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A prediction: `measured` is the mean over the seeds of the largest point."""
+
+    point: str
+    measured: float
+    predicted: float
+    low: float
+    high: float
+
+    @property
+    def inside(self) -> bool:
+        """Whether the measurement lies in the 95 % interval."""
+        return self.low <= self.measured <= self.high
+
+
+@dataclass(frozen=True)
+class Law:
+    """A fitted law of one backbone and target.
+
+    Attributes:
+        kind: `joint`, `parameters`, `compute` or `data`.
+        fit: to all points.
+        held_out: how the largest point came out when the law was fitted without it, or None where too few are left.
+    """
+
+    backbone: str
+    target: str
+    kind: str
+    fit: Fit
+    held_out: HeldOut | None
+
+
+@dataclass(frozen=True)
+class Surface:
+    """The Performance Law of one backbone and metric; `largest_error` of its points, relative."""
+
+    backbone: str
+    target: str
+    law: PerformanceLaw
+    points: int
+    largest_error: float
+
+
+def quantity(target: str, rows: list[Row]) -> Array:
+    """What laws are fitted to, `[n]`: a loss as it is, of a metric, which should rise, its distance from 1."""
+    measured = np.array([value_of(row, target) for row in rows], dtype=np.float64)
+    return measured if is_loss(target) else 1.0 - measured
+
+
+def is_loss(target: str) -> bool:
+    """Whether lower is better."""
+    return target.endswith("/loss")
+
+
+def rows_with(rows: list[Row], target: str, backbone: str) -> list[Row]:
+    """Rows of a backbone that measured a target."""
+    return [row for row in rows if row["backbone"] == backbone and value_of(row, target) is not None]
+
+
+def backbones_of(rows: list[Row]) -> list[str]:
+    """In the order in which they occur."""
+    return list(dict.fromkeys(row["backbone"] for row in rows))
+
+
+def laws(rows: list[Row], targets: list[str]) -> list[Law]:
+    """Every law that the points are enough for.
+
+    A law of one variable takes the points that differ in it alone: of parameters and of compute those with the most
+    data, of data those of the largest model with several amounts. The joint law takes all of a backbone.
+    """
+    found: list[Law] = []
+    for target in targets:
+        for backbone in backbones_of(rows):
+            own = rows_with(rows, target, backbone)
+            chosen = {
+                "joint": (Form(("parameters", "data")), own),
+                "parameters": (Form(("parameters",)), _most_data(own)),
+                "compute": (Form(("compute",), floor=False), _most_data(own)),
+                "data": (Form(("data",)), _largest_model(own)),
+            }
+            for kind, (form, points) in chosen.items():
+                law = _law(backbone, target, kind, form, points)
+                if law is None and form.floor and len(form.variables) == 1:
+                    law = _law(backbone, target, kind, Form(form.variables, floor=False), points)
+                if law is not None:
+                    found.append(law)
+    return found
+
+
+def columns(rows: list[Row]) -> dict[str, Array]:
+    """`parameters`, `compute` and `data` of rows, `[n]` each."""
+    return {name: np.array([row[key] for row in rows], dtype=np.float64) for key, name in VARIABLES.items()}
+
+
+def _most_data(rows: list[Row]) -> list[Row]:
+    """Those of the grid's largest share of the data; shares of other seeds differ by a few sequences."""
+    most = max((row["tokens"] for row in rows), default=0)
+    return [row for row in rows if row["tokens"] > 0.9 * most]
+
+
+def _largest_model(rows: list[Row]) -> list[Row]:
+    amounts: dict[int, set[int]] = {}
+    for row in rows:
+        amounts.setdefault(row["parameters"], set()).add(row["tokens"])
+    several = [parameters for parameters, tokens in amounts.items() if len(tokens) >= 3]
+    return [row for row in rows if several and row["parameters"] == max(several)]
+
+
+def _law(backbone: str, target: str, kind: str, form: Form, rows: list[Row]) -> Law | None:
+    """None where the variables take fewer values than the form has numbers for each, plus one."""
+    x = columns(rows)
+    needed = 3 + (form.floor and len(form.variables) == 1)
+    if len(rows) < form.size + 2 or any(len(np.unique(x[name])) < needed for name in form.variables):
+        return None
+    y = quantity(target, rows)
+    try:
+        fitted = fit(form, x, y, samples=BOOTSTRAP)
+    except ConfigError:  # a metric of 1, whose distance from 1 has no logarithm
+        return None
+    return Law(backbone, target, kind, fitted, _held_out(form, x, y, rows))
+
+
+def _held_out(form: Form, x: dict[str, Array], y: Array, rows: list[Row]) -> HeldOut | None:
+    try:
+        fitted, left_out = held_out_largest(form, x, y, samples=BOOTSTRAP)
+    except ConfigError:  # too few are left
+        return None
+    largest = {name: values[left_out][:1] for name, values in x.items()}
+    low, high = fitted.forecast(largest)
+    return HeldOut(
+        point=next(row["point"] for row, out in zip(rows, left_out, strict=True) if out),
+        measured=float(y[left_out].mean()),
+        predicted=float(fitted.predict(largest)[0]),
+        low=float(low[0]),
+        high=float(high[0]),
+    )
+
+
+def surfaces(rows: list[Row], targets: list[str]) -> list[Surface]:
+    """The Performance Law with both signs of D', for metrics measured at 3 depths and 2 widths at least."""
+    found = []
+    signs: tuple[Sign, Sign] = ("divide", "multiply")
+    for target in targets:
+        for backbone in backbones_of(rows):
+            own = [row for row in rows_with(rows, target, backbone) if row["entropy"]]
+            depths, widths = ({row[name] for row in own} for name in ("blocks", "width"))
+            if is_loss(target) or len(own) < 8 or len(depths) < 3 or len(widths) < 2:
+                continue
+            blocks, width, tokens, entropy = (
+                np.array([row[name] for row in own], dtype=np.float64)
+                for name in ("blocks", "width", "tokens", "entropy")
+            )
+            y = np.array([value_of(row, target) for row in own], dtype=np.float64)
+            for sign in signs:
+                law = fit_performance_law(blocks, width, tokens, entropy, y, sign)
+                predicted = law.predict(blocks, width, corrected_tokens(tokens, entropy, sign))
+                error = float(np.max(np.abs(predicted - y) / np.maximum(np.abs(y), 1e-9)))
+                found.append(Surface(backbone, target, law, len(own), error))
+    return found
+
+
+def as_documents(found: list[Law], performance: list[Surface]) -> dict[str, list[dict[str, Any]]]:
+    """Laws and surfaces as JSON."""
+    return {
+        "laws": [
+            {
+                "backbone": law.backbone,
+                "target": law.target,
+                "kind": law.kind,
+                "form": str(law.fit.form),
+                "points": law.fit.points,
+                "values": law.fit.values,
+                "intervals": {name: law.fit.interval(name) for name in law.fit.form.names},
+                "held_out": None if law.held_out is None else {**vars(law.held_out), "inside": law.held_out.inside},
+            }
+            for law in found
+        ],
+        "performance_laws": [
+            {
+                "backbone": one.backbone,
+                "target": one.target,
+                "sign": one.law.sign,
+                "points": one.points,
+                "w": one.law.weights,
+                "b": one.law.b,
+                "r_squared": one.law.r_squared,
+                "largest_error": one.largest_error,
+            }
+            for one in performance
+        ],
+    }

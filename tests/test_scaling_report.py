@@ -1,0 +1,99 @@
+"""Laws, plots and report from rows alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from npu_rec.scaling.analysis import laws, quantity, surfaces
+from npu_rec.scaling.report import write_report
+from npu_rec.scaling.study import Study, load_study
+
+pytest.importorskip("scipy", reason="scipy is not installed (pip install -e '.[test]')")
+
+TARGETS = ["valid/loss", "test/ndcg@10"]
+
+
+def planted_rows(backbones: tuple[str, ...] = ("hstu", "llama"), seed: int = 0) -> list[dict[str, Any]]:
+    """8 sizes on 3 amounts of data; the loss is 2 + 40 / N^0.3 + 60 / D^0.4 with 1 % noise."""
+    rng, rows = np.random.default_rng(seed), []
+    for backbone in backbones:
+        for blocks in (1, 2, 4, 8):
+            for width in (32, 128):
+                for tokens in (20_000, 60_000, 200_000):
+                    parameters = 12 * blocks * width**2
+                    loss = (2 + 40 / parameters**0.3 + 60 / tokens**0.4) * np.exp(0.01 * rng.normal())
+                    ndcg = 1 - (0.5 + 2 / parameters**0.2 + 3 / tokens**0.3) * np.exp(0.002 * rng.normal())
+                    row = {"point": f"{backbone}_{blocks}_{width}_{tokens}", "status": "finished", "settings": {}}
+                    row |= {"backbone": backbone, "blocks": blocks, "width": width, "parameters": parameters}
+                    row |= {"tokens": tokens, "tokens_seen": 8 * tokens, "flops_per_token": 2.0 * parameters}
+                    row |= {"flops": 48.0 * parameters * tokens, "epochs": 8, "best_epoch": 7, "seconds": 1.0}
+                    row |= {"entropy": 0.02, "metrics": {"valid": {"loss": loss}, "test": {"ndcg@10": ndcg}}}
+                    rows.append(row)
+    return rows
+
+
+@pytest.fixture
+def study(shop: Path, tmp_path: Path) -> Study:
+    path = tmp_path / "planted.yaml"
+    path.write_text(f"name: planted\nbase: {shop}\ngrid: {{train.seed: [1]}}\ntargets: [{', '.join(TARGETS)}]\n")
+    return load_study(path)
+
+
+def test_laws_of_planted_rows() -> None:
+    found = {(law.backbone, law.target, law.kind): law for law in laws(planted_rows(("hstu",)), TARGETS)}
+    assert {kind for _, target, kind in found if target == "valid/loss"} == {"joint", "parameters", "compute"}
+    joint = found["hstu", "valid/loss", "joint"]
+    for name, exponent in (("exponent:parameters", 0.3), ("exponent:data", 0.4)):
+        low, high = joint.fit.interval(name)
+        assert low < exponent < high
+    assert joint.held_out is not None
+    assert joint.held_out.point == "hstu_8_128_200000"
+    assert joint.held_out.predicted == pytest.approx(joint.held_out.measured, rel=0.05)
+    assert found["hstu", "valid/loss", "parameters"].fit.points == 8  # those with the most data
+
+
+def test_of_a_metric_the_distance_from_one_is_fitted() -> None:
+    rows = planted_rows(("hstu",))
+    ndcg = [row["metrics"]["test"]["ndcg@10"] for row in rows]
+    assert quantity("test/ndcg@10", rows) == pytest.approx(1 - np.array(ndcg))
+    assert quantity("valid/loss", rows) == pytest.approx([row["metrics"]["valid"]["loss"] for row in rows])
+
+
+def test_performance_law_is_fitted_with_both_signs() -> None:
+    found = surfaces(planted_rows(("hstu",)), TARGETS)
+    assert [(one.target, one.law.sign) for one in found] == [("test/ndcg@10", "divide"), ("test/ndcg@10", "multiply")]
+    assert min(one.law.r_squared for one in found) > 0.8  # rows of another law
+
+
+def test_report_stands_alone(study: Study, tmp_path: Path) -> None:
+    write_report(study, planted_rows(), tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("data:image/svg+xml;base64,") == 3
+    assert "http" not in page
+    for variable in ("parameters", "compute", "data"):
+        assert (tmp_path / "plots" / f"{variable}.png").read_bytes().startswith(b"\x89PNG")
+        assert "<svg" in (tmp_path / "plots" / f"{variable}.svg").read_text()
+    assert len((tmp_path / "table.md").read_text().splitlines()) == 2 + 48
+    documents = json.loads((tmp_path / "fits.json").read_text())
+    assert {law["kind"] for law in documents["laws"]} == {"joint", "parameters", "compute"}
+    assert {law["backbone"] for law in documents["laws"]} == {"hstu", "llama"}
+
+
+def test_the_same_rows_draw_the_same_plots(study: Study, tmp_path: Path) -> None:
+    rows = planted_rows(("hstu",))[::3]  # the least data alone
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        folder.mkdir()
+        write_report(study, rows, folder)
+    for name in ("report.html", "plots/parameters.svg", "fits.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_few_points_make_a_report_without_laws(study: Study, tmp_path: Path) -> None:
+    write_report(study, planted_rows()[:1], tmp_path)
+    assert "Too few points" in (tmp_path / "report.html").read_text()
+    assert write_report(study, [], tmp_path).laws == []

@@ -1,0 +1,209 @@
+"""A small study through the command line: points, resume, failures, bit equality."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import npu_rec, npu_rec_json
+
+from npu_rec.config import PACKAGED_CONFIGS
+from npu_rec.errors import ConfigError, DataError, UserError
+from npu_rec.scaling.results import finished_rows, read_results, write_row
+from npu_rec.scaling.study import Study, load_study
+from npu_rec.scaling.sweep import run_sweep, workers_for
+from npu_rec.train.run_dir import RunDirectory
+
+STUDY = """
+name: tiny
+base: {base}
+set: {{train.epochs: 2, train.batch_size: 16}}
+grid:
+  model.backbone: [hstu, llama]
+  size:
+    small: {{model.embedding_dim: 8, model.num_heads: 1}}
+    large: {{model.embedding_dim: 16, model.num_heads: 2}}
+"""
+
+
+def write_study(folder: Path, shop: Path, text: str = STUDY) -> Path:
+    path = folder / "tiny.yaml"
+    path.write_text(text.format(base=shop))
+    return path
+
+
+def only(text: str) -> str:
+    """The study with one size and one backbone."""
+    return text.replace("[hstu, llama]", "[hstu]").replace("    large:", "#")
+
+
+def measured(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name != "seconds"}
+
+
+def test_points_of_a_study(shop: Path, tmp_path: Path) -> None:
+    study = load_study(write_study(tmp_path, shop))
+    names = [f"backbone-{backbone}_size-{size}" for backbone in ("hstu", "llama") for size in ("small", "large")]
+    assert [point.name for point in study.points] == names
+    last = study.points[-1]
+    assert last.settings == {"model.backbone": "llama", "size": "large"}
+    assert (last.config.model.backbone, last.config.model.embedding_dim, last.config.device.threads) == ("llama", 16, 1)
+    assert len({point.fingerprint for point in study.points}) == 4
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGED_CONFIGS / "scaling").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_studies_are_valid(path: Path) -> None:
+    study = load_study(path)
+    assert study.config.name == path.stem
+    assert len(study.points) > 1
+
+
+def test_a_fingerprint_heeds_what_is_measured_alone(shop: Path, tmp_path: Path) -> None:
+    def fingerprints(text: str) -> list[str]:
+        return [point.fingerprint for point in load_study(write_study(tmp_path, shop, text)).points]
+
+    here = fingerprints(STUDY)
+    assert fingerprints(STUDY.replace("train.epochs: 2", "train.epochs: 2, data.dir: elsewhere")) == here
+    assert not set(fingerprints(STUDY.replace("train.epochs: 2", "train.epochs: 3"))) & set(here)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("name: tiny", "nam: tiny", "did you mean `name`"),
+        ("train.epochs: 2", "train.epoch: 2", "did you mean `train.epochs`"),
+        ("[hstu, llama]", "[hstu, lama]", "lama"),
+        ("[hstu, llama]", "[hstu, hstu]", "two points have the name"),
+        ("{base}", "nothing.yaml", "no such configuration file"),
+    ],
+)
+def test_wrong_studies_are_refused(shop: Path, tmp_path: Path, old: str, new: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_study(write_study(tmp_path, shop, STUDY.replace(old, new)))
+
+
+def test_sweep_through_the_command_line(shop: Path, tmp_path: Path) -> None:
+    study, out = write_study(tmp_path, shop, STUDY.replace("[hstu, llama]", "[llama]")), tmp_path / "out"
+    document = npu_rec_json("sweep", study, "--out", out)
+    assert (document["points"], document["finished"], document["failed"]) == (2, 2, [])
+    rows = document["rows"]
+    assert [row["point"] for row in rows] == [point.name for point in load_study(study).points]
+    for row in rows:
+        folder = out / row["point"]
+        assert {"config.yaml", "metrics.jsonl", "checkpoints", "report.html"} <= {p.name for p in folder.iterdir()}
+        assert (row["epochs"], row["steps"], row["threads"], row["tokens_seen"]) == (2, 8, 1, 2 * row["tokens"])
+        assert row["flops"] == pytest.approx(3 * row["flops_per_token"] * row["tokens_seen"])
+        assert 0 < row["metrics"]["valid"]["loss"] < 20  # cosines over a temperature of 0.05 reach 40
+        assert 0 <= row["metrics"]["test"]["hr@10"] <= 1
+        assert row["entropy"] > 0
+    assert rows[0]["parameters"] < rows[1]["parameters"]
+    assert rows[0]["flops_per_token"] < rows[1]["flops_per_token"]
+    for name in ("report.html", "table.md", "plots/parameters.png", "plots/parameters.svg"):
+        assert (out / name).stat().st_size > 100, name
+
+    assert list(run(study, out).values()) == rows  # nothing is left to do
+    assert len((out / "results.jsonl").read_text().splitlines()) == 2
+
+    (out / "report.html").unlink()
+    redrawn = npu_rec_json("sweep", study, "--out", out, "--report-only")
+    assert redrawn["rows"] == rows
+    page = (out / "report.html").read_text()
+    assert "data:image/svg+xml;base64," in page
+    assert "src='http" not in page
+
+
+def run(path: Path, out: Path) -> dict[str, dict[str, Any]]:
+    study: Study = load_study(path)
+    assert run_sweep(study, out) == []
+    return {row["point"]: row for row in finished_rows(study, read_results(out / "results.jsonl"))}
+
+
+def test_a_rerun_and_a_resumed_point_have_the_same_bits(shop: Path, tmp_path: Path) -> None:
+    study = write_study(tmp_path, shop, only(STUDY))
+    (first,) = run(study, tmp_path / "a").values()
+    (again,) = run(study, tmp_path / "b").values()
+    assert measured(first) == measured(again)
+
+    out = tmp_path / "c"  # as if it had been killed after its first epoch
+    run(study, out)
+    folder = out / first["point"]
+    (out / "results.jsonl").unlink()
+    (folder / "result.json").unlink()
+    shutil.rmtree(folder / "checkpoints" / "step-8")
+    (resumed,) = run(study, out).values()
+    assert "resumed from step 4" in (folder / "log.txt").read_text()
+    assert measured(resumed) == measured(first)
+
+
+def test_an_interrupted_sweep_ends_its_points_and_goes_on_later(shop: Path, tmp_path: Path) -> None:
+    path, out = (
+        write_study(tmp_path, shop, only(STUDY).replace("train.epochs: 2", "train.epochs: 400")),
+        tmp_path / "out",
+    )
+    command = [sys.executable, "-m", "npu_rec", "sweep", str(path), "--out", str(out)]
+    (point,) = load_study(path).points
+    folder = out / point.name
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as sweep:
+        deadline = time.monotonic() + 120
+        while not list(folder.glob("checkpoints/step-*")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        sweep.terminate()
+        assert sweep.wait(60) == 143
+    before = (folder / "metrics.jsonl").read_text()
+    with RunDirectory(folder).lock():  # nobody trains there any more
+        assert not (out / "results.jsonl").exists()
+    study = path.read_text().replace("train.epochs: 400", f"train.epochs: {before.count('epoch_loss') + 1}")
+    path.write_text(study)
+    (row,) = run(path, out).values()
+    assert row["epochs"] == before.count("epoch_loss") + 1
+    assert "resumed from step" in (folder / "log.txt").read_text()
+
+
+def test_rows_alone_are_enough(shop: Path, tmp_path: Path) -> None:
+    study = write_study(tmp_path, shop, only(STUDY))
+    (first,) = run(study, tmp_path / "a").values()
+    write_row(tmp_path / "b" / "results.jsonl", first)
+    assert list(run(study, tmp_path / "b").values()) == [first]
+    assert [path.name for path in (tmp_path / "b").iterdir()] == ["results.jsonl"]
+
+
+def test_a_failing_point_stops_no_other(shop: Path, tmp_path: Path) -> None:
+    text = STUDY.replace("[hstu, llama]", "[llama]").replace("small: {{", "small: {{data.fraction: 1.0e-9, ")
+    study, out, runs = write_study(tmp_path, shop, text), tmp_path / "out", tmp_path / "runs"
+    done = npu_rec("sweep", study, "--out", out, "--run-dir", runs, "--json")
+    assert done.returncode == 1
+    document = json.loads(done.stdout)
+    (failed,) = document["failed"]
+    assert failed["point"] == "backbone-llama_size-small"
+    assert "train split" in failed["reason"]
+    assert document["finished"] == 1
+    assert "1 of 2 points failed" in done.stderr
+    assert {path.name for path in runs.iterdir()} == {point.name for point in load_study(study).points}
+    assert not {path.name for path in out.iterdir()} & {path.name for path in runs.iterdir()}
+
+
+def test_a_cut_off_row_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    write_row(path, {"point": "a", "status": "finished"})
+    with path.open("a") as file:
+        file.write('{"point": "b", "sta')
+    assert set(read_results(path)) == {"a"}
+    write_row(path, {"point": "c", "status": "failed"})
+    assert set(read_results(path)) == {"a", "c"}
+    path.write_text("nonsense\n" + path.read_text())
+    with pytest.raises(DataError, match=r"results.jsonl:1: not a row"):
+        read_results(path)
+
+
+def test_workers_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)))
+    assert [workers_for(threads, None) for threads in (1, 2, 3, 16)] == [8, 4, 2, 1]
+    assert workers_for(2, 3) == 3
+    with pytest.raises(UserError, match="8 cores are enough for 4"):
+        workers_for(2, 5)
