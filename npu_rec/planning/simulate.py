@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from npu_rec.config import Config
 from npu_rec.device import get_device
 from npu_rec.distributed import World
-from npu_rec.distributed.mirror import Message, close_mirror, open_mirror
+from npu_rec.distributed.mirror import Message, Mirror, close_mirror, open_mirror
 from npu_rec.distributed.world import ALONE, asked_size
 from npu_rec.embedding import SlotTable, StaticTable
 from npu_rec.errors import ConfigError
@@ -148,7 +148,8 @@ def _world(rank: int, ranks: int, ranks_per_node: int, messages: list[Message]) 
 
 def _step(config: Config, facts: DataFacts, load: Load, world: World, messages: list[Message]) -> Rank:
     def collective(op: str, size: int) -> None:
-        world.sent("parameters" if op == "all_gather" else "gradients", op, size, False)  # type: ignore[attr-defined]
+        assert isinstance(world, Mirror)  # one process alone shards nothing
+        world.sent("parameters" if op == "all_gather" else "gradients", op, size, False)
 
     sharing = config.parallel.context if world.size > 1 else 1
     with torch.device("meta"):

@@ -103,7 +103,8 @@ def _rows_of(placement: Placement, rank: int, total: int) -> int:
 
 def _check_limit(table: SlotTable, every: list[int]) -> None:
     """Raise TrainingError when the distinct ids that all ranks ask one for in a step are more than its slots."""
-    limit, ranks = table.policy.limit, table.placement.ranks  # type: ignore[attr-defined]
+    assert isinstance(table.placement, (BlockPlacement, HashPlacement))
+    limit, ranks = table.policy.limit, table.placement.ranks
     own = len(table.map.seen.map)  # those that the simulated rank alone asked for
     rows = max(every)
     wanted = int(rows * (1 - (1 - min(1.0, own / rows)) ** ranks)) if rows else 0

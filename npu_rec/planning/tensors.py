@@ -31,7 +31,8 @@ def _index(x: Tensor, indices: Any) -> Tensor:
     places = [
         i.new_empty(i.shape, dtype=torch.int64) if i is not None and i.dtype == torch.bool else i for i in indices
     ]
-    return _aten.index.Tensor(x, places)  # type: ignore[no-any-return]
+    chosen: Tensor = _aten.index.Tensor(x, places)
+    return chosen
 
 
 def _unique(x: Tensor, *flags: bool, **more: bool) -> tuple[Tensor, ...]:
