@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import time
 from itertools import chain
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import pytest
 import torch
 from context_ranks import ATTENTION, BACKBONES, LONG, Results, SavedBytes, rank_process
 from fake_npu.harness import needs_fake_npu, processes_on_npu
+from gloo_ranks import on_ranks
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import Place, assert_all_close, examples, lengths, one_thread  # noqa: F401
@@ -23,8 +22,6 @@ from npu_rec.distributed.world import ALONE
 from npu_rec.models.backbone import Layout
 from npu_rec.ops.jagged import lengths_to_offsets
 
-processes = multiprocessing.get_context("forkserver")  # PyTorch is imported once, not by every rank
-processes.set_forkserver_preload(["hypothesis", "npu_rec.models.hstu", "torch.distributed", "torch._dynamo"])
 CPU = Place("cpu", torch.float64)
 BY_TOKEN = ("out", "q", "k", "v", "x")
 
@@ -35,19 +32,7 @@ def ranks_of(folder: Path, count: int) -> list[dict[str, Results]]:
 
 def run_ranks(folder: Path, count: int, *, long: bool = False) -> list[dict[str, Results]]:
     """`rank_process` in `count` gloo processes; what each left."""
-    arguments = (count, folder / "store", long)
-    running = [processes.Process(target=rank_process, args=(rank, *arguments)) for rank in range(count)]
-    for process in running:
-        process.start()
-    try:
-        end = time.monotonic() + 120
-        for process in running:
-            process.join(max(0.0, end - time.monotonic()))
-        assert [process.exitcode for process in running] == [0] * count  # None: it took too long
-    finally:
-        for process in running:
-            process.kill()
-            process.join()
+    on_ranks(count, rank_process, count, folder / "store", long)
     return ranks_of(folder, count)
 
 

@@ -2,37 +2,22 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from embedding_ranks import CASES, COLLECTIVES, REPLICATED, SPECS, STEPS, Case, Results, rank_process, run_alone
+from gloo_ranks import on_ranks
 from strategies import one_thread  # noqa: F401
 from torch import Tensor
-
-processes = multiprocessing.get_context("forkserver")  # PyTorch is imported once, not by every rank
-processes.set_forkserver_preload(["hypothesis", "npu_rec.embedding", "torch.distributed", "torch._dynamo"])
 
 Ranks = list[dict[str, Results]]
 
 
 def run_ranks(folder: Path, count: int) -> Ranks:
     """`rank_process` in `count` gloo processes; what each left."""
-    running = [processes.Process(target=rank_process, args=(rank, count, folder / "store")) for rank in range(count)]
-    for process in running:
-        process.start()
-    try:
-        end = time.monotonic() + 120
-        for process in running:
-            process.join(max(0.0, end - time.monotonic()))
-        assert [process.exitcode for process in running] == [0] * count  # None: it took too long
-    finally:
-        for process in running:
-            process.kill()
-            process.join()
+    on_ranks(count, rank_process, count, folder / "store")
     return [torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in range(count)]
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import time
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -11,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from gloo_ranks import on_ranks
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import generator, one_thread  # noqa: F401
@@ -207,9 +206,6 @@ def test_no_tensor_grows_with_the_catalogue(kind: str) -> None:
 
 # --- several ranks
 
-processes = multiprocessing.get_context("forkserver")  # PyTorch is imported once, not by every rank
-processes.set_forkserver_preload(["hypothesis", "npu_rec.tasks", "torch.distributed", "torch._dynamo"])
-
 RANKS = 4
 DIM = 5
 BATCHES = [(3, 0, 5, 1), (0, 2, 0, 0)]  # users of each rank
@@ -288,18 +284,7 @@ def own_rows(part: CataloguePart) -> Tensor:
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[Answer]]]:
     """What each rank left."""
     folder = tmp_path_factory.mktemp("ranks")
-    running = [processes.Process(target=rank_process, args=(rank, folder / "store")) for rank in range(RANKS)]
-    for process in running:
-        process.start()
-    try:
-        end = time.monotonic() + 120
-        for process in running:
-            process.join(max(0.0, end - time.monotonic()))
-        assert [process.exitcode for process in running] == [0] * RANKS  # None: it took too long
-    finally:
-        for process in running:
-            process.kill()
-            process.join()
+    on_ranks(RANKS, rank_process, folder / "store")
     return [torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in range(RANKS)]
 
 
