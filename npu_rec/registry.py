@@ -22,7 +22,7 @@ from pydantic import BaseModel
 from npu_rec.config import Config, Section, validate
 from npu_rec.errors import ConfigError
 
-Kind = Literal["model", "task", "data", "metric"]
+Kind = Literal["model", "task", "data", "metric", "prediction_metric"]
 T = TypeVar("T")
 
 
@@ -39,7 +39,7 @@ class Entry:
     options: type[BaseModel]
 
 
-_entries: dict[Kind, dict[str, Entry]] = {"model": {}, "task": {}, "data": {}, "metric": {}}
+_entries: dict[Kind, dict[str, Entry]] = {"model": {}, "task": {}, "data": {}, "metric": {}, "prediction_metric": {}}
 
 
 def register(kind: Kind, name: str, *, options: type[BaseModel] = NoOptions) -> Callable[[T], T]:
@@ -66,7 +66,7 @@ def lookup(kind: Kind, name: str) -> Entry:
         return entries[name]
     near = difflib.get_close_matches(name, list(entries), n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    what = {"data": "data recipe", "model": "backbone"}.get(kind, kind)
+    what = {"data": "data recipe", "model": "backbone", "prediction_metric": "metric"}.get(kind, kind)
     raise ConfigError(f"no {what} is registered as {name!r}{hint} (known: {', '.join(sorted(entries))})")
 
 
@@ -87,8 +87,6 @@ def resolve(config: Config) -> Config:
     import_extensions(config.imports)
     for kind in ("data", "model", "task"):
         getattr(config, kind).options = options_of(config, kind).model_dump(mode="json")
-    for metric in config.eval.metrics:
-        lookup("metric", metric.partition("@")[0])
     return config
 
 

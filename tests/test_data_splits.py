@@ -18,7 +18,7 @@ from npu_rec.config import DataConfig
 from npu_rec.data import Events, SequenceStore, prepare
 from npu_rec.data.batch import JaggedBatch
 from npu_rec.data.loader import TrainLoader
-from npu_rec.data.splits import Protocol, Split, make_splits, share_of, train_item_counts
+from npu_rec.data.splits import Protocol, Split, leave_one_out, share_of, train_item_counts
 
 Event = tuple[int, int | None]  # item, time
 Users = list[list[Event]]
@@ -47,7 +47,7 @@ def random_users(lengths: list[int], seed: int = 0) -> Users:
 
 
 def random_split(lengths: list[int], max_seq_len: int = 5, name: str = "train") -> Split:
-    return make_splits(ListStore(random_users(lengths)), "meta", max_seq_len)[name]  # type: ignore[arg-type]
+    return leave_one_out(ListStore(random_users(lengths)), "meta", max_seq_len)[name]  # type: ignore[arg-type]
 
 
 def windows(
@@ -83,7 +83,7 @@ def rows_of(batch: JaggedBatch) -> dict[int, dict[str, list[int]]]:
 
 
 def check_splits(store: Any, users: Users, protocol: Protocol, max_seq_len: int) -> None:
-    splits = make_splits(store, protocol, max_seq_len)
+    splits = leave_one_out(store, protocol, max_seq_len)
     assert set(splits) == ({"train", "valid", "test"} if protocol == "holdout" else {"train", "test"})
     for name, split in splits.items():
         expected = windows(users, protocol, name, max_seq_len)
@@ -146,9 +146,9 @@ def test_splits_of_prepared_data_are_those_of_a_loop_over_the_users(tmp_path: Pa
 
 def test_the_held_out_events_of_a_protocol_do_not_meet() -> None:
     users = random_users([7])
-    splits = make_splits(ListStore(users), "holdout", 200)  # type: ignore[arg-type]
+    splits = leave_one_out(ListStore(users), "holdout", 200)  # type: ignore[arg-type]
     assert {name: int(split.stops[0]) for name, split in splits.items()} == {"train": 5, "valid": 6, "test": 7}
-    splits = make_splits(ListStore(users), "meta", 200)  # type: ignore[arg-type]
+    splits = leave_one_out(ListStore(users), "meta", 200)  # type: ignore[arg-type]
     assert {name: int(split.stops[0]) for name, split in splits.items()} == {"train": 6, "test": 7}
 
 

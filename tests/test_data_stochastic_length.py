@@ -14,7 +14,7 @@ from strategies import examples, one_thread  # noqa: F401
 from test_data_splits import ListStore, random_users, rows_of
 
 from npu_rec.data.loader import TrainLoader
-from npu_rec.data.splits import make_splits, windows_batch
+from npu_rec.data.splits import leave_one_out, windows_batch
 from npu_rec.data.stochastic_length import StochasticLength, age_weights, make_stochastic_length
 from npu_rec.distributed.balance import SequenceCost
 from npu_rec.errors import ConfigError
@@ -144,7 +144,7 @@ class Case:
         self.users = random_users(lengths, seed)
         self.max_seq_len = max_seq_len
         store: Any = ListStore(self.users, has_times=selection == "weighted")
-        self.split = make_splits(store, "meta", max_seq_len)["train"]
+        self.split = leave_one_out(store, "meta", max_seq_len)["train"]
         self.rule = rule_of(1.3, max_seq_len, selection, seed)  # 7^0.65: three events
         self.has_times = store.has_times
 

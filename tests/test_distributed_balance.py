@@ -18,7 +18,7 @@ from test_tasks_retrieval import batch_of, config_of, facts, gradients, task_of
 
 from npu_rec.bench.balance import of_lengths
 from npu_rec.data.loader import Share, TrainLoader, in_order
-from npu_rec.data.splits import Split, make_splits
+from npu_rec.data.splits import Split, leave_one_out
 from npu_rec.device import get_device
 from npu_rec.distributed.balance import SequenceCost, assign, imbalance
 from npu_rec.tasks import build_task
@@ -126,7 +126,7 @@ def test_ml_1m_is_balanced(tmp_path: Path) -> None:
     if "NPU_REC_DATA" not in os.environ:
         pytest.skip("NPU_REC_DATA is not set: no real data to read")
     store = store_of("ml-1m", Path(os.environ["NPU_REC_DATA"]) / "ml-1m", tmp_path)
-    check_balance(*(make_splits(store, "meta", longest)["train"] for longest in (4096, 200)))
+    check_balance(*(leave_one_out(store, "meta", longest)["train"] for longest in (4096, 200)))
 
 
 # --- the loader

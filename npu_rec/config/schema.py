@@ -271,11 +271,14 @@ class TrainConfig(Section):
 class EvalConfig(Section):
     """How the model is judged: full-catalogue ranking."""
 
-    protocol: Literal["holdout", "meta"] = Field(
+    protocol: Literal["holdout", "meta", "time"] = Field(
         "holdout",
         description="`holdout`: the event before the last is for validation, the best epoch on it is tested once on "
-        "the last. `meta`: no validation, the last epoch is tested on the last event.",
+        "the last. `meta`: no validation, the last epoch is tested on the last event. `time`, for ranking: the latest "
+        "labelled events of all users are for the test, the latest of the others for validation.",
     )
+    test_share: float = Field(0.1, gt=0, lt=1, description="With `time`: share of the labelled events for the test.")
+    valid_share: float = Field(0.1, gt=0, lt=1, description="With `time`: share of the others for validation.")
     metrics: list[str] = Field(
         [*(f"hr@{k}" for k in (1, 10, 50, 200, 500)), *(f"ndcg@{k}" for k in (10, 50, 200)), "mrr"],
         min_length=1,

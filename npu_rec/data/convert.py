@@ -89,6 +89,7 @@ def convert(recipe: Recipe, data: RawData, rows: Rows, drop_duplicates: bool, fo
             "duplicates_dropped": duplicates.count if drop_duplicates else 0,
             f"users_with_fewer_than_{SHORT}_events": totals.short,
             "times_out_of_order": totals.out_of_order,
+            **data.counts,
         },
         "num_items": items["item_id"][-1].as_py(),
         "has_times": "time" in columns,

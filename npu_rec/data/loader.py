@@ -13,7 +13,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from npu_rec.data.batch import JaggedBatch
+from npu_rec.data.batch import Batch
 from npu_rec.data.splits import Split
 from npu_rec.data.stochastic_length import StochasticLength
 from npu_rec.ops.random import random_key
@@ -65,7 +65,7 @@ class TrainLoader:
 
     def batches(self, epoch: int) -> list[np.ndarray]:
         """The global batches of an epoch: rows of the split, in the order of training."""
-        keys = random_key(self.seed, "shuffle", epoch, torch.from_numpy(self.split.sequences))
+        keys = random_key(self.seed, "shuffle", epoch, torch.from_numpy(self.split.row_ids))
         order = np.argsort(keys.numpy(), kind="stable")
         tokens = np.concatenate([[0], np.cumsum(self.lengths(epoch)[order])])
         cuts = [0]
@@ -81,7 +81,7 @@ class TrainLoader:
         """For each rank its rows of a global batch; `lengths [S]` are those of the epoch."""
         return [rows[own] for own in self.share(lengths[rows], self.world)]
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[JaggedBatch]:
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """This rank's batches of an epoch from batch `start` on."""
         lengths = self.lengths(epoch)
         choice = None if self.stochastic_length is None else partial(self.stochastic_length.kept, epoch)

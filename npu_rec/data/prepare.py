@@ -117,7 +117,7 @@ def _make(
         about["actions"] = recipe.actions if written["has_actions"] else ""
         seal(result, {**settings, **about, **written})
         rows.report()
-        for line in _remarks(recipe, written["counts"]):
+        for line in (*_remarks(recipe, written["counts"]), *(f"{what}: {n}" for what, n in data.counts.items())):
             log(f"{config.name}: {line}")
         _publish(result, target, outdated)
     log(f"{config.name}: prepared in {target}")

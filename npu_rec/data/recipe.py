@@ -15,8 +15,8 @@ then `data.name: my-shop` and `data.source` with the folder of sales.csv.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -55,6 +55,7 @@ class RawData:
         in_order: the file order is the order of events; times do not change it.
         events_file, items_file: names for messages.
         action_values: what the actions 0, 1, ... stand for, where they are codes of texts.
+        counts: further counts for the manifest and the log.
     """
 
     events: pl.DataFrame | Iterable[pl.DataFrame]
@@ -65,6 +66,7 @@ class RawData:
     events_file: str = "events"
     items_file: str = "the item list"
     action_values: Sequence[str] | None = None
+    counts: Mapping[str, int] = field(default_factory=dict)
 
 
 class Recipe(ABC):

@@ -1,19 +1,21 @@
-"""Leave-one-out splits: which events of a sequence train, validate and test."""
+"""Splits: which events train, validate and test. Leave-one-out here, by time in `labelled.py`."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 import torch
 
-from npu_rec.data.batch import JaggedBatch
+from npu_rec.data.batch import Batch, JaggedBatch
 from npu_rec.data.store import SequenceStore
 from npu_rec.ops.random import random_key, random_uniform
 
 Protocol = Literal["holdout", "meta"]
+Removed = Literal["history", "input", "none"]
 Choice = Callable[[np.ndarray, np.ndarray, np.ndarray | None], np.ndarray]
 """Sequence ids `[B]`, events of their windows `[B]`, T in all, and times `[T]` or None -> which events stay, `[T]`."""
 
@@ -21,12 +23,8 @@ HELD_OUT: dict[Protocol, dict[str, int]] = {"holdout": {"valid": 2, "test": 1}, 
 
 
 @dataclass(frozen=True)
-class Split:
-    """Sequences and the windows of events `[starts, stops)` taken from them.
-
-    In training every event of a window but the first is predicted from those before it. In
-    evaluation the last event of the window is predicted.
-    """
+class Split(ABC):
+    """Rows to train on or to evaluate, each a window of events `[starts, stops)` of a sequence."""
 
     store: SequenceStore
     sequences: np.ndarray  # [S] int64
@@ -38,17 +36,21 @@ class Split:
         return len(self.sequences)
 
     @property
-    def lengths(self) -> np.ndarray:
-        """Tokens the model reads of each sequence, `[S]`: the events of the window but the last."""
-        lengths: np.ndarray = self.stops - self.starts - 1
-        return lengths
+    @abstractmethod
+    def row_ids(self) -> np.ndarray:
+        """Stable ids of the rows, `[S]` int64."""
 
-    def batch(
-        self,
-        rows: np.ndarray,
-        remove: Literal["history", "input", "none"] | None = None,
-        choice: Choice | None = None,
-    ) -> JaggedBatch:
+    @property
+    @abstractmethod
+    def lengths(self) -> np.ndarray:
+        """Events the model reads of each row, `[S]`."""
+
+    @abstractmethod
+    def subset(self, rows: np.ndarray) -> Self:
+        """Some rows of the split."""
+
+    @abstractmethod
+    def batch(self, rows: np.ndarray, remove: Removed | None = None, choice: Choice | None = None) -> Batch:
         """The batch of some rows of the split.
 
         Args:
@@ -56,6 +58,27 @@ class Split:
             remove: in evaluation, which items the ranking leaves out (`eval.remove`).
             choice: in training, which events of the windows stay (`windows_batch`).
         """
+
+
+@dataclass(frozen=True)
+class LeaveOneOut(Split):
+    """In training every event of a window but the first is predicted from those before it, in evaluation the last."""
+
+    @property
+    def row_ids(self) -> np.ndarray:
+        """Those of the sequences: each has one row."""
+        return self.sequences
+
+    def subset(self, rows: np.ndarray) -> LeaveOneOut:
+        return replace(self, sequences=self.sequences[rows], starts=self.starts[rows], stops=self.stops[rows])
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """The events of the window but the last, `[S]`."""
+        lengths: np.ndarray = self.stops - self.starts - 1
+        return lengths
+
+    def batch(self, rows: np.ndarray, remove: Removed | None = None, choice: Choice | None = None) -> JaggedBatch:
         sequences, starts, stops = self.sequences[rows], self.starts[rows], self.stops[rows]
         events = self.store.gather(sequences, starts, stops)
         batch = windows_batch(sequences, stops - starts, events.item_ids, events.times, choice)
@@ -99,7 +122,7 @@ def windows_batch(
     return JaggedBatch(torch.from_numpy(sequences), torch.from_numpy(offsets), **tensors)
 
 
-def make_splits(store: SequenceStore, protocol: Protocol, max_seq_len: int) -> dict[str, Split]:
+def leave_one_out(store: SequenceStore, protocol: Protocol, max_seq_len: int) -> dict[str, Split]:
     """`train`, `test` and, for `holdout`, `valid`.
 
     Every window ends with an event to predict and has at most `max_seq_len` events before it, the
@@ -108,11 +131,11 @@ def make_splits(store: SequenceStore, protocol: Protocol, max_seq_len: int) -> d
     held_out = HELD_OUT[protocol]
     stops = {"train": store.lengths - max(held_out.values())}
     stops |= {name: store.lengths - back + 1 for name, back in held_out.items()}
-    splits = {}
+    splits: dict[str, Split] = {}
     for name, stop in stops.items():
         sequences = np.flatnonzero(stop >= 2).astype(np.int64)
         stop = stop[sequences]
-        splits[name] = Split(store, sequences, np.maximum(stop - max_seq_len - 1, 0), stop, name)
+        splits[name] = LeaveOneOut(store, sequences, np.maximum(stop - max_seq_len - 1, 0), stop, name)
     return splits
 
 
@@ -121,8 +144,7 @@ def share_of(split: Split, fraction: float, seed: int) -> Split:
     if fraction >= 1.0:
         return split
     keys = random_key(seed, "fraction", torch.from_numpy(split.sequences))
-    kept = (random_uniform(keys, 1)[:, 0] < fraction).numpy()
-    return replace(split, sequences=split.sequences[kept], starts=split.starts[kept], stops=split.stops[kept])
+    return split.subset(np.flatnonzero((random_uniform(keys, 1)[:, 0] < fraction).numpy()))
 
 
 def train_item_counts(split: Split, num_items: int) -> np.ndarray:

@@ -115,6 +115,12 @@ class SequenceStore:
         """`user` (raw id) and features, row i for sequence i, or None; null where the publisher lists no such user."""
         return _table(self.path / "users.arrow") if "users.arrow" in self.manifest["files"] else None
 
+    @cached_property
+    def num_actions(self) -> int:
+        """The largest action and one; 0 for data without actions."""
+        actions = [shard.actions for shard in self._shards if shard.actions is not None]
+        return 1 + max((int(each.max()) for each in actions if len(each)), default=-1)
+
     def catalogue(self, which: Literal["all", "seen"]) -> Int64Array:
         """Item ids that negatives and ranking use, ascending, without 0: all listed, or those with events."""
         ids: Int64Array = self.items["item_id"].to_numpy()

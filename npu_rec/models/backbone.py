@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from npu_rec.config import ModelConfig, OpsConfig
 from npu_rec.distributed.context import ContextShard
 from npu_rec.ops.jagged import position_of_token
+from npu_rec.ops.masks import token_ids
 from npu_rec.ops.random import derive_keys
 
 
@@ -24,6 +25,7 @@ class Layout:
         times: `[T]` int64 seconds, the time of each event, or None for data without times.
         query_times: `[T]` int64 seconds, the time of the next event (of the request, for the last one).
         num_targets: `[B]` int64 trailing candidates, or None.
+        contextual_seq_len: leading tokens of every sequence that see its whole history.
         dropout_keys: `[T]` int64, or None outside training: no dropout.
         context: with context parallel, what the T tokens here are of their sequences; offsets are those of the shard,
             num_targets those of the whole sequences.
@@ -36,10 +38,15 @@ class Layout:
     num_targets: Tensor | None = None
     dropout_keys: Tensor | None = None
     context: ContextShard | None = None
+    contextual_seq_len: int = 0
 
     def positions(self, total: int) -> Tensor:
-        """The place of each of the `total` = T tokens inside its sequence, `[T]` int64."""
-        return position_of_token(self.offsets, total) if self.context is None else self.context.positions
+        """The place of each of the `total` = T tokens inside its sequence, `[T]` int64; candidates share one."""
+        if self.context is not None:
+            return self.context.positions
+        if self.num_targets is None:
+            return position_of_token(self.offsets, total)
+        return token_ids(self.offsets, total, 0, self.num_targets)[0]
 
     @property
     def key_times(self) -> Tensor | None:
@@ -57,10 +64,12 @@ class Backbone(nn.Module, ABC):
     Attributes:
         learned_positions: the encoder adds a learned vector for each place to the input; of the class.
         takes_context: it heeds `Layout.context`, so sequences may be spread over ranks.
+        needs_targets: it has outputs for candidates behind a history alone; of the class.
     """
 
     learned_positions: ClassVar[bool] = True
     takes_context: bool = False
+    needs_targets: ClassVar[bool] = False
 
     @abstractmethod
     def __init__(self, config: ModelConfig, options: Any, ops: OpsConfig) -> None:

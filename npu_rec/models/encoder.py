@@ -81,14 +81,20 @@ class SequenceEncoder(nn.Module):
             context: with context parallel, what the tokens given, and all the arguments, are of their sequences.
         """
         layout = Layout(offsets, self.max_seq_len, times, query_times, None, dropout_keys, context)
-        x = (self.items(item_ids) if vectors is None else vectors) * self.scale
-        if self.project_in is not None:
-            x = self.project_in(x)
+        x = self.inputs(self.items(item_ids) if vectors is None else vectors)
+        return self.through(x, layout, item_ids != 0)
+
+    def inputs(self, vectors: Tensor) -> Tensor:
+        """Rows `[T, E]` as the model reads them, `[T, D]`."""
+        x = vectors * self.scale
+        return x if self.project_in is None else self.project_in(x)
+
+    def through(self, x: Tensor, layout: Layout, present: Tensor) -> Tensor:
+        """Hidden states `[T, E]` of tokens `x [T, D]`, with places and dropout; zero input where not `present [T]`."""
         if self.positions is not None:
-            x = x + self.positions[layout.positions(item_ids.shape[0])]
+            x = x + self.positions[layout.positions(x.shape[0])]
         x = dropout(x, self.input_dropout, layout.keys_for(INPUT_DROPOUT))
-        x = x * (item_ids != 0).unsqueeze(1)
-        hidden: Tensor = self.backbone(x, layout)
+        hidden: Tensor = self.backbone(x * present.unsqueeze(1), layout)
         return hidden if self.project_out is None else self.project_out(hidden)
 
     def encode(

@@ -127,6 +127,8 @@ class HSTULayer(BiasedAttention):
             "num_targets": layout.num_targets,
             "bias": self.relative_bias(layout),
         }
+        if layout.context is None:
+            common["contextual_seq_len"] = layout.contextual_seq_len
         if self.softmax:
             return softmax_attention(q, k, v, layout.offsets, backend=self.ops.softmax_attention, **common)
         silu_attention = partial(

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from npu_rec.errors import ConfigError
 from npu_rec.models.backbone import Layout
-from npu_rec.ops.masks import token_ids
 
 Angles = tuple[Tensor, Tensor]
 """Cosines and sines `[T, D]` of a head of width D."""
@@ -20,14 +19,8 @@ def check_rotary(width: int) -> None:
 
 
 def rotary_angles(layout: Layout, x: Tensor, width: int, base: float) -> Angles:
-    """Angles `place * base^(-2i / width)` of channels i and i + width / 2, for the tokens x `[T, ...]`.
-
-    All targets of a sequence have one place, so the score of a candidate does not depend on its slot.
-    """
-    total = x.shape[0]
-    places = layout.positions(total)
-    if layout.num_targets is not None:
-        places, _ = token_ids(layout.offsets, total, 0, layout.num_targets)
+    """Angles `place * base^(-2i / width)` of channels i and i + width / 2, for the tokens x `[T, ...]`."""
+    places = layout.positions(x.shape[0])
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     steps = torch.arange(0, width, 2, device=x.device, dtype=dtype) / width
     angles = places.to(dtype).unsqueeze(1) * base**-steps

@@ -53,6 +53,7 @@ class SelfAttention(BiasedAttention):
             layout.offsets,
             max_seq_len=layout.max_seq_len,
             num_targets=layout.num_targets,
+            contextual_seq_len=layout.contextual_seq_len,
             bias=self.relative_bias(layout),
             dropout=self.dropout,
             dropout_keys=layout.keys_for(part),

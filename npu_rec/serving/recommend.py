@@ -14,10 +14,10 @@ import torch
 
 from npu_rec.config import load_resolved
 from npu_rec.data.batch import JaggedBatch
-from npu_rec.errors import DataError
+from npu_rec.errors import ConfigError, DataError
 from npu_rec.ops.jagged import lengths_to_offsets
-from npu_rec.registry import resolve
-from npu_rec.tasks import build_task
+from npu_rec.registry import lookup, resolve
+from npu_rec.tasks import Task, build_task
 from npu_rec.train.checkpoint import open_checkpoint, read_items
 from npu_rec.train.setup import open_device
 from npu_rec.train.state import load_weights
@@ -55,6 +55,8 @@ class Recommender:
     def __init__(self, path: Path, backend: str | None = None) -> None:
         checkpoint = open_checkpoint(path)
         config = resolve(load_resolved(checkpoint.config_path, [f"device.backend={backend}"] if backend else None))
+        if lookup("task", config.task.name).target.top_k is Task.top_k:
+            raise ConfigError(f"{path}: task {config.task.name} makes no recommendations")
         self.device = open_device(config)
         self.task = build_task(config, checkpoint.facts())
         load_weights(self.task, checkpoint, str(path))

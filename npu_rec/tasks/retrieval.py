@@ -26,7 +26,7 @@ from npu_rec.tasks.catalogue import Catalogue
 from npu_rec.tasks.catalogue_part import CataloguePart
 from npu_rec.tasks.negatives import NegativeSampler, Strategy
 from npu_rec.tasks.scoring import Pairs, Scorer
-from npu_rec.tasks.task import DataFacts, Prepared, Task
+from npu_rec.tasks.task import DataFacts, Prepared, Task, check_backbone
 
 
 class RetrievalOptions(Section):
@@ -58,6 +58,7 @@ class Retrieval(Task):
         self.options: RetrievalOptions = options
         self.seed = config.train.seed
         self.backend = config.ops.sampled_softmax_loss
+        check_backbone(config, candidates=False)
         self.encoder = SequenceEncoder(
             config.model,
             options_of(config, "model"),

@@ -10,13 +10,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from npu_rec.config import Config
-from npu_rec.data.batch import JaggedBatch
+from npu_rec.config import Config, EvalConfig
+from npu_rec.data import SequenceStore
+from npu_rec.data.features import Features, Wanted
+from npu_rec.data.splits import Split, leave_one_out
 from npu_rec.distributed import World
 from npu_rec.distributed.context import ContextShard
 from npu_rec.distributed.world import ALONE
 from npu_rec.embedding import EmbeddingCollection, Plan
 from npu_rec.errors import ConfigError
+from npu_rec.evaluation.ranking import compute_metrics
 from npu_rec.registry import lookup, options_of
 
 
@@ -30,12 +33,16 @@ class DataFacts:
             they are all the ids there are.
         item_counts: `[num_items + 1]` int64, occurrences in training; None where the task does not need them.
         has_times: whether events have times.
+        features: what is encoded of items and users, where the task asks for it (`Task.wanted_features`).
+        num_actions: the largest action and one; 0 for data without actions.
     """
 
     num_items: int
     catalogue: Tensor | range
     item_counts: Tensor | None
     has_times: bool
+    num_actions: int = 0
+    features: Features = field(default_factory=Features)
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,7 @@ class Prepared:
         context: with context parallel, what the tokens here are of their sequences; the batch holds those alone.
     """
 
-    batch: JaggedBatch
+    batch: Any  # of the class that the task's splits make
     epoch: int
     draws: Mapping[str, Tensor] = field(default_factory=dict)
     plan: Plan = field(default_factory=dict)
@@ -88,8 +95,29 @@ class Task(nn.Module, ABC):
         """Whether `DataFacts.item_counts` must be there; 8 bytes for every id up to the largest."""
         return True
 
+    @classmethod
+    def wanted_features(cls, options: Any) -> Wanted:
+        """The features of items and users that `DataFacts.features` must have."""
+        return Wanted()
+
+    @classmethod
+    def make_splits(cls, store: SequenceStore, config: Config, options: Any) -> dict[str, Split]:
+        """What trains, validates and tests; leave-one-out unless the task says otherwise.
+
+        Raises:
+            ConfigError: the protocol is not one of the task's.
+        """
+        if config.eval.protocol == "time":
+            raise ConfigError(f"eval.protocol: time is for task.name ranking, not {config.task.name}")
+        return leave_one_out(store, config.eval.protocol, config.model.max_seq_len)
+
+    @classmethod
+    def check_metrics(cls, evaluation: EvalConfig) -> None:
+        """Raise ConfigError where `eval.metrics` has a name that is not one of the task's."""
+        compute_metrics(torch.ones(1, dtype=torch.int64), evaluation.metrics)
+
     @abstractmethod
-    def prepare(self, batch: JaggedBatch, epoch: int) -> Prepared:
+    def prepare(self, batch: Any, epoch: int) -> Prepared:
         """Draw what is random and plan the lookups; nothing here depends on a parameter.
 
         It may run on the host while the device trains on the batch before.
@@ -100,24 +128,33 @@ class Task(nn.Module, ABC):
         """(sum of the weighted losses, sum of the weights) over this rank's batch, both scalars."""
 
     @abstractmethod
-    def observe(self, batch: JaggedBatch) -> Tensor:
-        """What metrics are made of, `[B, ...]`, for the held-out event of every sequence."""
+    def observe(self, batch: Any) -> Tensor:
+        """What metrics are made of, `[B, ...]`, for the held-out event of every row."""
 
     @abstractmethod
     def metrics(self, observed: Tensor, names: list[str]) -> dict[str, float]:
         """Metrics of `observe` over all sequences of a split."""
 
-    def ranks(self, batch: JaggedBatch) -> Tensor:
+    def ranks(self, batch: Any) -> Tensor:
         """Rank, from 1, of the held-out item of each sequence, `[B]` int64."""
         raise ConfigError(f"task {type(self).__name__} ranks no items")
 
-    def top_k(self, batch: JaggedBatch, k: int) -> tuple[Tensor, Tensor]:
+    def top_k(self, batch: Any, k: int) -> tuple[Tensor, Tensor]:
         """The best k items after each sequence: (ids `[B, k]`, scores `[B, k]`); id 0 fills up a short list."""
         raise ConfigError(f"task {type(self).__name__} makes no recommendations")
 
     @abstractmethod
     def flops(self, lengths: Tensor) -> float:
         """Floating-point operations of one forward pass with loss over sequences of `lengths [B]`."""
+
+
+def check_backbone(config: Config, *, candidates: bool) -> None:
+    """Raise ConfigError where the backbone needs candidates behind a history and there are none."""
+    if lookup("model", config.model.backbone).target.needs_targets and not candidates:
+        raise ConfigError(
+            f"model.backbone: {config.model.backbone} needs candidates behind a history: task.name ranking with "
+            "task.options.layout merged"
+        )
 
 
 def build_task(config: Config, facts: DataFacts, world: World = ALONE) -> Task:

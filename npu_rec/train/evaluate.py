@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from npu_rec.config import Config
-from npu_rec.data.batch import JaggedBatch
+from npu_rec.data.batch import Batch
 from npu_rec.data.splits import Split
 from npu_rec.device import Device
 from npu_rec.distributed import open_world
@@ -41,7 +41,7 @@ def ranks_of_split(task: Task, split: Split, config: Config, device: Device) -> 
 
 
 def _all_sequences(
-    task: Task, split: Split, config: Config, device: Device, observe: Callable[[JaggedBatch], Tensor]
+    task: Task, split: Split, config: Config, device: Device, observe: Callable[[Batch], Tensor]
 ) -> Tensor:
     """`observe` of every sequence of a split, in its order, on the host; each rank works on its part."""
     world, size = task.world, config.eval.batch_size

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from npu_rec.config import Config, load_config
 from npu_rec.data import SequenceStore, prepare
-from npu_rec.data.splits import Split, make_splits, share_of, train_item_counts
+from npu_rec.data.features import encode_features
+from npu_rec.data.splits import Split, share_of, train_item_counts
 from npu_rec.device import Device, get_device
 from npu_rec.errors import DataError
-from npu_rec.evaluation import compute_metrics
 from npu_rec.ops import OPERATORS
 from npu_rec.registry import lookup, options_of, resolve
 from npu_rec.tasks import DataFacts
@@ -26,7 +26,7 @@ def load_run_config(path: str | Path, overrides: list[str] | None = None) -> Con
     for name, backend in config.ops.model_dump().items():
         if backend != "auto":
             OPERATORS[name].find(backend)
-    compute_metrics(torch.ones(1, dtype=torch.int64), config.eval.metrics)  # a wrong `@k` shows before training
+    lookup("task", config.task.name).target.check_metrics(config.eval)
     return config
 
 
@@ -51,19 +51,22 @@ def open_data(config: Config) -> RunData:
     """Prepare the data set when that has not been done, and split it."""
     path = prepare(config.data)
     store = SequenceStore(path)
-    splits = make_splits(store, config.eval.protocol, config.model.max_seq_len)
+    task, options = lookup("task", config.task.name).target, options_of(config, "task")
+    splits = task.make_splits(store, config, options)
     splits["train"] = share_of(splits["train"], config.data.fraction, config.train.seed)
     for name, split in splits.items():
         if len(split) == 0:
             raise DataError(
                 f"{config.data.name}: no sequence is long enough for the {name} split of {config.eval.protocol}"
             )
-    counted = lookup("task", config.task.name).target.needs_item_counts(options_of(config, "task"))
+    counted = task.needs_item_counts(options)
     facts = DataFacts(
         num_items=store.num_items,
         catalogue=_catalogue(store, config.data.catalogue),
         item_counts=torch.from_numpy(train_item_counts(splits["train"], store.num_items)) if counted else None,
         has_times=store.has_times,
+        num_actions=store.num_actions,
+        features=encode_features(store, task.wanted_features(options)),
     )
     return RunData(path, store, splits, facts)
 

@@ -16,7 +16,7 @@ import torch
 
 from npu_rec.config import Config, dump_config
 from npu_rec.data import prepare
-from npu_rec.data.batch import JaggedBatch
+from npu_rec.data.batch import Batch
 from npu_rec.data.loader import TrainLoader, in_order
 from npu_rec.data.stochastic_length import make_stochastic_length
 from npu_rec.device import Device, device_report
@@ -271,13 +271,13 @@ class _Trainer:
         if improved or not train.checkpoint_every or self._save_due() or self._finished():
             self._save()
 
-    def _prepare(self, group: list[JaggedBatch]) -> list[Prepared]:
+    def _prepare(self, group: list[Batch]) -> list[Prepared]:
         """Draws and plans of a step: on the host where ids must be known there, else on the device."""
         device = torch.device("cpu") if self.plans_ahead else self.device.torch_device
         return [self.task.prepare(batch.to(device), self.position.epoch) for batch in group]
 
     def _step(
-        self, group: list[JaggedBatch], prepared: list[Prepared], following: list[JaggedBatch] | None
+        self, group: list[Batch], prepared: list[Prepared], following: list[Batch] | None
     ) -> Future[list[Prepared]] | None:
         """One optimiser step. Returns the plan of the one that follows, where it is being made already."""
         position, train = self.position, self.config.train
@@ -319,7 +319,7 @@ class _Trainer:
         self._log_step(group, result, lr, seconds)
         return planned[0] if planned else None
 
-    def _log_step(self, group: list[JaggedBatch], result: StepResult, lr: float, seconds: float) -> None:
+    def _log_step(self, group: list[Batch], result: StepResult, lr: float, seconds: float) -> None:
         position = self.position
         lengths = [offsets_to_lengths(batch.offsets) for batch in group]
         part = 1.0 / self.sharing  # of its sequences that a rank works on
@@ -419,8 +419,8 @@ def _divides(every: int, step: int) -> bool:
     return bool(every) and step % every == 0
 
 
-def _groups(batches: Iterator[JaggedBatch], size: int) -> Iterator[list[JaggedBatch]]:
-    group: list[JaggedBatch] = []
+def _groups(batches: Iterator[Batch], size: int) -> Iterator[list[Batch]]:
+    group: list[Batch] = []
     for batch in batches:
         group.append(batch)
         if len(group) == size:

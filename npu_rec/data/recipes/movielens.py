@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+from pydantic import Field
 
+from npu_rec.config import Section
 from npu_rec.data.download import Log, download
 from npu_rec.data.kinds import HalfStars, Id, Integer, Seconds, Text
 from npu_rec.data.recipe import RawData, Recipe
 from npu_rec.data.rows import Column, Rows
 from npu_rec.data.sources import find, is_archive, need
 from npu_rec.data.textio import TextFormat
+from npu_rec.errors import DataError
 from npu_rec.registry import register
 
 TERMS = (
@@ -41,13 +44,24 @@ class GroupLens(Recipe):
         return {"download": self.url}
 
 
-@register("data", "ml-1m")
+class MovieLens1MOptions(Section):
+    """`data.options` of `ml-1m`."""
+
+    labels_file: str | None = Field(
+        None,
+        description="CSV file inside the source with `user,item,rating,timestamp` of some of the events of "
+        "`ratings.csv`: their actions and times. Other events then have action 0, not known.",
+    )
+
+
+@register("data", "ml-1m", options=MovieLens1MOptions)
 class MovieLens1M(GroupLens):
     """Reads the official `ratings.dat`, `movies.dat`, `users.dat`; or, for ratings, `ratings.csv`: columns
     `user,item` and optionally `timestamp` and `ts_known`.
 
     A column `ts_known` says that times are known in part and the file's order is exact: then times do not change
-    it. Ratings are not read from that file: they are known for a biased part of the events.
+    it. Ratings are not read from that file: they are known for a biased part of the events. A sample of them that is
+    not biased can stand beside it (`labels_file`).
     """
 
     description = "MovieLens-1M: 1,000,209 ratings of 3,706 movies (3,883 listed) by 6,040 users"
@@ -60,7 +74,7 @@ class MovieLens1M(GroupLens):
         if is_archive(source):
             return [source]
         files = [self._ratings(source), self._movies(source), find(source, "users.dat", folder="ml-1m")]
-        return [file for file in files if file is not None]
+        return [file for file in (*files, self._labels(source)) if file is not None]
 
     def _ratings(self, source: Path) -> Path:
         if source.is_file():
@@ -70,10 +84,20 @@ class MovieLens1M(GroupLens):
     def _movies(self, source: Path) -> Path:
         return need(source, "movies.dat", folder="ml-1m", why=WHY_MOVIES)
 
+    def _labels(self, source: Path) -> Path | None:
+        name = self.options.labels_file
+        return None if name is None else need(source, name, why="data.options.labels_file names it")
+
     def read(self, source: Path, rows: Rows) -> RawData:
         ratings, movies = self._ratings(source), self._movies(source)
         is_csv = ratings.name.removesuffix(".gz").endswith(".csv")
+        labels = self._labels(source)
+        if labels is not None and not is_csv:
+            raise DataError(f"data.options.labels_file: {ratings.name} has all the ratings itself")
         events = _csv_ratings(ratings, rows) if is_csv else _dat_ratings(ratings, rows)
+        counts = {}
+        if labels is not None:
+            events, counts = _labelled(events, rows.text(labels, RATED, TextFormat(",")))
         return RawData(
             events,
             items=_dat_movies(movies, rows),
@@ -81,17 +105,36 @@ class MovieLens1M(GroupLens):
             in_order="ts_known" in events.columns,
             events_file=ratings.name,
             items_file=movies.name,
+            counts=counts,
         )
 
 
+RATED = (
+    Column("user", Id()),
+    Column("item", Id(zero_is_padding=True)),
+    Column("action", HalfStars(), source="rating"),
+    Column("time", Seconds(), source="timestamp"),
+)
+
+
 def _dat_ratings(path: Path, rows: Rows) -> pl.DataFrame:
-    columns = [
-        Column("user", Id()),
-        Column("item", Id(zero_is_padding=True)),
-        Column("action", HalfStars(), source="rating"),
-        Column("time", Seconds(), source="timestamp"),
-    ]
-    return rows.text(path, columns, _dat("user", "item", "rating", "timestamp"))
+    return rows.text(path, RATED, _dat("user", "item", "rating", "timestamp"))
+
+
+def _labelled(events: pl.DataFrame, labels: pl.DataFrame) -> tuple[pl.DataFrame, dict[str, int]]:
+    """Events with the actions and times of those that have a label, and counts of the labels."""
+    known = labels.select("user", "item", "action", pl.col("time").alias("_time")).unique(
+        ["user", "item"], keep="first", maintain_order=True
+    )
+    joined = events.join(known, on=["user", "item"], how="left", maintain_order="left")
+    found = int(joined["action"].is_not_null().sum())
+    if "time" in events.columns:
+        joined = joined.with_columns(pl.coalesce("_time", "time").alias("time"))
+    joined = joined.drop("_time").with_columns(pl.col("action").fill_null(0))
+    return joined, {
+        "labels": found,
+        "labels_without_event": len(known) - found,
+    }
 
 
 def _csv_ratings(path: Path, rows: Rows) -> pl.DataFrame:

@@ -1,0 +1,89 @@
+"""Categorical features of items and users, as codes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from npu_rec.data.store import SequenceStore
+from npu_rec.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Names of the features of items and of users that a model reads."""
+
+    items: Sequence[str] = ()
+    users: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Codes:
+    """One feature of R rows (item ids or sequences), each with any number of values.
+
+    Attributes:
+        values: `[V]` int64, codes 1..size; a row without a value has none.
+        offsets: `[R + 1]` int64.
+        size: the largest code; 0 stands for no value.
+    """
+
+    values: Tensor
+    offsets: Tensor
+    size: int
+
+
+@dataclass(frozen=True)
+class Features:
+    """Codes by name: of items, row i for item id i, and of users, row i for sequence i."""
+
+    items: Mapping[str, Codes] = field(default_factory=dict)
+    users: Mapping[str, Codes] = field(default_factory=dict)
+
+
+def encode_features(store: SequenceStore, wanted: Wanted, separator: str = "|") -> Features:
+    """The wanted features of a data set; a text that holds the separator has several values.
+
+    Raises:
+        ConfigError: the data set has no such feature.
+    """
+    users = store.user_features
+    items = {
+        name: _codes(_column(store.items, name, "items"), separator, store.items["item_id"].to_numpy(), store.num_items)
+        for name in wanted.items
+    }
+    rows = np.arange(store.num_sequences)
+    return Features(
+        items, {name: _codes(_column(users, name, "users"), separator, rows, len(rows) - 1) for name in wanted.users}
+    )
+
+
+def _column(table: pa.Table | None, name: str, whose: str) -> pl.Series:
+    taken = ("item_id", "raw_id", "events", "user")
+    known = [] if table is None else [column for column in table.column_names if column not in taken]
+    if table is None or name not in known:
+        raise ConfigError(
+            f"task.options.{whose[:-1]}_features: {name!r} is not a feature of the {whose} "
+            f"({', '.join(known) or 'there are none'})"
+        )
+    column = pl.from_arrow(table[name])
+    assert isinstance(column, pl.Series)
+    return column
+
+
+def _codes(column: pl.Series, separator: str, rows: np.ndarray, last: int) -> Codes:
+    """Codes of the column's values in their sorted order; `rows` are the places of its rows among 0..last."""
+    texts = column.cast(pl.String)
+    lists = texts.str.split(separator).fill_null([])
+    flat = lists.explode(empty_as_null=False)
+    distinct = flat.unique().sort()
+    values = flat.cast(pl.Enum(distinct)).to_physical().cast(pl.Int64).to_numpy() + 1
+    lengths = np.zeros(last + 1, np.int64)
+    lengths[rows] = lists.list.len().to_numpy()
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    return Codes(torch.from_numpy(values.copy()), torch.from_numpy(offsets), len(distinct))
