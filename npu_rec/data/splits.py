@@ -11,6 +11,7 @@ import torch
 
 from npu_rec.data.batch import JaggedBatch
 from npu_rec.data.store import SequenceStore
+from npu_rec.errors import DataError
 from npu_rec.ops.random import random_key, random_uniform
 
 Protocol = Literal["holdout", "meta"]
@@ -117,11 +118,17 @@ def make_splits(store: SequenceStore, protocol: Protocol, max_seq_len: int) -> d
 
 
 def share_of(split: Split, fraction: float, seed: int) -> Split:
-    """The sequences whose hash with `seed` falls below `fraction`; a smaller fraction's are among a larger one's."""
-    if fraction >= 1.0:
+    """The sequences whose hash with `seed` falls below `fraction`; a smaller fraction's are among a larger one's.
+
+    Raises:
+        DataError: when the split has sequences and none of them is kept.
+    """
+    if fraction >= 1.0 or not len(split):
         return split
     keys = random_key(seed, "fraction", torch.from_numpy(split.sequences))
     kept = (random_uniform(keys, 1)[:, 0] < fraction).numpy()
+    if not kept.any():
+        raise DataError(f"data.fraction: {fraction:g} of {len(split)} sequences leaves none for the {split.name} split")
     return replace(split, sequences=split.sequences[kept], starts=split.starts[kept], stops=split.stops[kept])
 
 
