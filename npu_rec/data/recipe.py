@@ -79,6 +79,8 @@ class Recipe(ABC):
     """Licence and conditions, in one line; shown before a download."""
     actions: ClassVar[str] = ""
     """What an action number means, where the data set has actions."""
+    where: ClassVar[str] = ""
+    """Where the files are had, for a data set that is not downloaded."""
     members: ClassVar[tuple[str, ...]] = ()
     """Names of the files to take out of an archive; empty: all."""
     generated: ClassVar[bool] = False
@@ -100,7 +102,8 @@ class Recipe(ABC):
         Raises:
             DataError: when they cannot be had.
         """
-        raise DataError("this recipe reads your own files: set data.source to a file or folder")
+        files = f"files that are not downloaded ({self.where})" if self.where else "your own files"
+        raise DataError(f"this recipe reads {files}: set data.source to a file or folder")
 
     def identity(self) -> Any:
         """What `obtain` gets, as JSON; prepared data is made anew when it changes."""
