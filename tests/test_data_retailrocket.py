@@ -90,9 +90,7 @@ def test_malformed_events(tmp_path: Path, row: str, expected: str) -> None:
     source = write(tmp_path / "in", events_csv=f"{EVENTS}{row}\n")
     with pytest.raises(DataError) as caught:
         store_of("retailrocket", source, tmp_path)
-    assert (
-        str(caught.value).replace(", column", " column").startswith(f"events.csv: row 7 {expected}".replace(" :", ":"))
-    )
+    assert str(caught.value).startswith(f"events.csv: row 7{expected}")
     assert store_of("retailrocket", source, tmp_path, on_bad_row="drop").num_events == 5
 
 

@@ -53,6 +53,7 @@ class RawData:
         users: one row a user: `user`, further columns are features.
         remap: raw ids become 1..n, first in the order of `items`, then of first appearance in the events.
         in_order: the file order is the order of events; times do not change it.
+        item_offset: item ids are the publisher's plus this, where those start at 0; without `remap`.
         events_file, items_file: names for messages.
         action_values: what the actions 0, 1, ... stand for, where they are codes of texts.
     """
@@ -62,6 +63,7 @@ class RawData:
     users: pl.DataFrame | None = None
     remap: bool = False
     in_order: bool = False
+    item_offset: int = 0
     events_file: str = "events"
     items_file: str = "the item list"
     action_values: Sequence[str] | None = None
