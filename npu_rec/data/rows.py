@@ -100,11 +100,12 @@ class Rows:
         return self._reject_last(frame, path.name) if watch_end and end.is_cut() and len(frame) else frame
 
     def stream(self, path: Path, columns: Wanted, layout: TextFormat) -> Iterator[pl.DataFrame]:
-        """As `text`, some 32 MiB of the file at a time, for files larger than memory."""
+        """As `text`, some 32 MiB of the file at a time, for files larger than memory; at least one frame."""
         table = open_text(self._decompress(path), path.name, layout)
         places = {column: str(place) for column, place in _places(table.names, columns, path.name).items()}
-        for block in table.blocks:
-            yield self._of_block(block, places, len(table.names), path.name)
+        frames = (self._of_block(block, places, len(table.names), path.name) for block in table.blocks)
+        yield next(frames, _empty(places))
+        yield from frames
 
     def parquet(self, path: Path, columns: Wanted) -> pl.DataFrame:
         """The wanted columns of a Parquet file, and `ROW`. Raises as `text` does."""
