@@ -19,10 +19,7 @@ from npu_rec.data.textio import TextFormat
 from npu_rec.errors import ConfigError, DataError
 from npu_rec.registry import register
 
-TERMS = (
-    "Amazon product data 2014, J. McAuley, UCSD: for research; cite He and McAuley 2016, "
-    "doi 10.1145/2872427.2883037. The publisher gives no checksum."
-)
+MIN_EVENTS = 5
 Layout = Literal["2014", "2018"]
 LAYOUTS: dict[Layout, TextFormat] = {
     "2014": TextFormat(",", names=("user", "item", "rating", "timestamp")),
@@ -47,9 +44,6 @@ def frequent(data: RawData, min_item_events: int, min_user_events: int) -> RawDa
     return data
 
 
-MIN_EVENTS = 5
-
-
 @register("data", "amazon-books")
 class AmazonBooks(Recipe):
     """Reads `ratings_Books.csv` (user, item, rating, timestamp; no header).
@@ -60,7 +54,10 @@ class AmazonBooks(Recipe):
     """
 
     description = "Amazon Books 2014, ratings only: 22.5 million ratings, 695,762 books after filtering"
-    terms = TERMS
+    terms = (
+        "Amazon product data 2014, J. McAuley, UCSD: for research; cite He and McAuley 2016, "
+        "doi 10.1145/2872427.2883037. The publisher gives no checksum."
+    )
     url = "https://snap.stanford.edu/data/amazon/productGraph/categoryFiles/ratings_Books.csv"
     actions = HALF_STARS
     members = ("ratings_Books.csv",)
@@ -132,8 +129,8 @@ class AmazonDomains(Recipe):
 
     def _ratings(self, domain: str, path: Path, rows: Rows) -> pl.DataFrame:
         ratings = rows.text(path, _RATINGS, LAYOUTS[self.options.layout])
-        users, items = (ratings[column].str.starts_with("A").mean() or 0.0 for column in ("user", "item"))
-        if items > 0.5 > users:  # type: ignore[operator]
+        users, items = ratings.select(pl.col("user", "item").str.starts_with("A").mean()).row(0)
+        if ratings.height and items > 0.5 > users:
             raise DataError(
                 f"{path.name}: most items, but not users, begin with A as Amazon's users do; set data.options.layout"
             )
