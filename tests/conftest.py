@@ -71,6 +71,14 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def real() -> Path:
+    """The folder of real data sets, which are not part of the project."""
+    if "NPU_REC_DATA" not in os.environ:
+        pytest.skip("NPU_REC_DATA is not set: no real data to read")
+    return Path(os.environ["NPU_REC_DATA"])
+
+
+@pytest.fixture
 def no_process_group() -> None:
     """End the group of one process that the engine torchrec may have made here: simulated ranks make their own."""
     if torch.distributed.is_initialized():

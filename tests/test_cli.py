@@ -106,7 +106,9 @@ def test_recommend_names_the_line_of_a_bad_file(trained: dict[str, Any], tmp_pat
 
 def test_data_list_and_prepare(tmp_path: Path) -> None:
     names = {row["name"] for row in npu_rec_json("data", "list")}
-    assert {"ml-100k", "ml-1m", "ml-20m", "amazon-books", "interactions", "synthetic"} <= names
+    amazon = {"amazon-books", "amazon-domains", "amazon-games"}
+    assert amazon | {"ml-100k", "ml-1m", "ml-20m"} <= names
+    assert {"interactions", "kuairand", "otto", "retailrocket", "synthetic"} <= names
     (tmp_path / "events.csv").write_text("user,item,timestamp\na,x,5\na,y,6\nb,x,7\n")
     arguments = ("data", "prepare", "interactions", "--source", tmp_path / "events.csv", "--out", tmp_path / "out")
     document = npu_rec_json(*arguments)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import os
 import zipfile
 from collections import Counter
 from collections.abc import Callable
@@ -232,13 +231,6 @@ def test_outside_recipe(tmp_path: Path) -> None:
         store_of("test-shop", None, tmp_path, options={"chunk": True})
     with pytest.raises(ConfigError, match="did you mean 'ml-1m'"):
         store_of("ml-1n", None, tmp_path)
-
-
-@pytest.fixture
-def real() -> Path:
-    if "NPU_REC_DATA" not in os.environ:
-        pytest.skip("NPU_REC_DATA is not set: no real data to read")
-    return Path(os.environ["NPU_REC_DATA"])
 
 
 def test_real_ml_100k(real: Path, tmp_path: Path) -> None:

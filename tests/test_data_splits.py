@@ -19,6 +19,7 @@ from npu_rec.data import Events, SequenceStore, prepare
 from npu_rec.data.batch import JaggedBatch
 from npu_rec.data.loader import TrainLoader
 from npu_rec.data.splits import Protocol, Split, leave_one_out, share_of, train_item_counts
+from npu_rec.errors import DataError
 
 Event = tuple[int, int | None]  # item, time
 Users = list[list[Event]]
@@ -269,3 +270,9 @@ def test_share_of_the_sequences_is_nested_and_about_as_large_as_asked() -> None:
     kept = np.isin(split.sequences, parts[1].sequences)
     assert np.array_equal(parts[1].starts, split.starts[kept])
     assert np.array_equal(parts[1].stops, split.stops[kept])
+
+
+def test_a_share_without_sequences_is_refused() -> None:
+    with pytest.raises(DataError, match=r"data\.fraction: 1e-09 of 40 sequences leaves none for the train split"):
+        share_of(random_split([5] * 40), 1e-9, seed=3)
+    assert len(share_of(random_split([]), 0.5, seed=3)) == 0  # that no sequence is long enough is said elsewhere

@@ -181,7 +181,7 @@ def test_a_failing_point_stops_no_other(shop: Path, tmp_path: Path) -> None:
     document = json.loads(done.stdout)
     (failed,) = document["failed"]
     assert failed["point"] == "backbone-llama_size-small"
-    assert "train split" in failed["reason"]
+    assert "data.fraction: 1e-09 of 60 sequences leaves none" in failed["reason"]
     assert document["finished"] == 1
     assert "1 of 2 points failed" in done.stderr
     assert {path.name for path in runs.iterdir()} == {point.name for point in load_study(study).points}

@@ -166,7 +166,7 @@ def _items(data: RawData, raw_items: pl.Series | None, events: np.ndarray) -> pa
     else:
         listed = pl.DataFrame({"item": np.flatnonzero(events)}) if data.items is None else data.items
         frame = listed.sort("item").rename({"item": "item_id"})
-        frame = frame.with_columns(pl.col("item_id").cast(pl.String).alias("raw_id"))
+        frame = frame.with_columns((pl.col("item_id") - data.item_offset).cast(pl.String).alias("raw_id"))
     counts = np.zeros(int(frame["item_id"][-1]) + 1, np.int64)
     counts[: len(events)] = events
     if "title" not in frame.columns:

@@ -53,6 +53,7 @@ class RawData:
         users: one row a user: `user`, further columns are features.
         remap: raw ids become 1..n, first in the order of `items`, then of first appearance in the events.
         in_order: the file order is the order of events; times do not change it.
+        item_offset: item ids are the publisher's plus this, where those start at 0; without `remap`.
         events_file, items_file: names for messages.
         action_values: what the actions 0, 1, ... stand for, where they are codes of texts.
         counts: further counts for the manifest and the log.
@@ -63,6 +64,7 @@ class RawData:
     users: pl.DataFrame | None = None
     remap: bool = False
     in_order: bool = False
+    item_offset: int = 0
     events_file: str = "events"
     items_file: str = "the item list"
     action_values: Sequence[str] | None = None
@@ -81,6 +83,8 @@ class Recipe(ABC):
     """Licence and conditions, in one line; shown before a download."""
     actions: ClassVar[str] = ""
     """What an action number means, where the data set has actions."""
+    where: ClassVar[str] = ""
+    """Where the files are had, for a data set that is not downloaded."""
     members: ClassVar[tuple[str, ...]] = ()
     """Names of the files to take out of an archive; empty: all."""
     generated: ClassVar[bool] = False
@@ -102,7 +106,8 @@ class Recipe(ABC):
         Raises:
             DataError: when they cannot be had.
         """
-        raise DataError("this recipe reads your own files: set data.source to a file or folder")
+        files = f"files that are not downloaded ({self.where})" if self.where else "your own files"
+        raise DataError(f"this recipe reads {files}: set data.source to a file or folder")
 
     def identity(self) -> Any:
         """What `obtain` gets, as JSON; prepared data is made anew when it changes."""

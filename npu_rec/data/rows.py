@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import shutil
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from npu_rec.data.download import Log
 from npu_rec.data.kinds import Kind, Seconds
-from npu_rec.data.textio import FileEnd, TextFormat, open_text
+from npu_rec.data.textio import Block, FileEnd, TextFormat, open_text
 from npu_rec.errors import DataError
 
 _PARQUET_ROWS = 1_000_000
@@ -95,11 +95,17 @@ class Rows:
         for block in table.blocks:
             if watch_end:
                 end.see(block.frame[last])
-            raw = {column: block.frame[place] for column, place in places.items()}
-            shape = _shape_finding(block.frame, block.notes, len(table.names))
-            parts.append(self._convert(path.name, block.frame["row"], raw, shape))
+            parts.append(self._of_block(block, places, len(table.names), path.name))
         frame = pl.concat(parts, rechunk=True) if parts else _empty(places)
         return self._reject_last(frame, path.name) if watch_end and end.is_cut() and len(frame) else frame
+
+    def stream(self, path: Path, columns: Wanted, layout: TextFormat) -> Iterator[pl.DataFrame]:
+        """As `text`, some 32 MiB of the file at a time, for files larger than memory; at least one frame."""
+        table = open_text(self._decompress(path), path.name, layout)
+        places = {column: str(place) for column, place in _places(table.names, columns, path.name).items()}
+        frames = (self._of_block(block, places, len(table.names), path.name) for block in table.blocks)
+        yield next(frames, _empty(places))
+        yield from frames
 
     def parquet(self, path: Path, columns: Wanted) -> pl.DataFrame:
         """The wanted columns of a Parquet file, and `ROW`. Raises as `text` does."""
@@ -139,6 +145,10 @@ class Rows:
         """Log a line for every file that lost rows."""
         for file, lost in self.dropped.items():
             self.log(f"{file}: {lost}")
+
+    def _of_block(self, block: Block, places: dict[Column, str], fields: int, file: str) -> pl.DataFrame:
+        raw = {column: block.frame[place] for column, place in places.items()}
+        return self._convert(file, block.frame["row"], raw, _shape_finding(block.frame, block.notes, fields))
 
     def _convert(
         self, file: str, rows: pl.Series, raw: dict[Column, pl.Series], findings: list[_Finding]

@@ -36,6 +36,16 @@ def need(source: Path, *names: str, folder: str = "", why: str) -> Path:
     return path
 
 
+def matching(source: Path, pattern: str, folder: str = "") -> list[Path]:
+    """Files by a pattern of their names, plain or .gz, by name; searched as `find` does, the first place with any."""
+    base = source if source.is_dir() else source.parent
+    for place in (base, base / folder):
+        found = sorted(path for name in (pattern, f"{pattern}.gz") for path in place.glob(name) if path.is_file())
+        if found:
+            return found
+    return []
+
+
 def existing(source: Path) -> Path:
     """The source itself, if there is one."""
     if not source.exists():

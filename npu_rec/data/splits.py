@@ -12,6 +12,7 @@ import torch
 
 from npu_rec.data.batch import Batch, JaggedBatch
 from npu_rec.data.store import SequenceStore
+from npu_rec.errors import DataError
 from npu_rec.ops.random import random_key, random_uniform
 
 Protocol = Literal["holdout", "meta"]
@@ -140,11 +141,18 @@ def leave_one_out(store: SequenceStore, protocol: Protocol, max_seq_len: int) ->
 
 
 def share_of(split: Split, fraction: float, seed: int) -> Split:
-    """The sequences whose hash with `seed` falls below `fraction`; a smaller fraction's are among a larger one's."""
-    if fraction >= 1.0:
+    """The sequences whose hash with `seed` falls below `fraction`; a smaller fraction's are among a larger one's.
+
+    Raises:
+        DataError: when the split has sequences and none of them is kept.
+    """
+    if fraction >= 1.0 or not len(split):
         return split
     keys = random_key(seed, "fraction", torch.from_numpy(split.sequences))
-    return split.subset(np.flatnonzero((random_uniform(keys, 1)[:, 0] < fraction).numpy()))
+    kept = np.flatnonzero((random_uniform(keys, 1)[:, 0] < fraction).numpy())
+    if not len(kept):
+        raise DataError(f"data.fraction: {fraction:g} of {len(split)} sequences leaves none for the {split.name} split")
+    return split.subset(kept)
 
 
 def train_item_counts(split: Split, num_items: int) -> np.ndarray:

@@ -1,12 +1,14 @@
-"""Amazon Books (2014), with Meta's preprocessing."""
+"""Amazon ratings: Books (2014) with Meta's preprocessing, and several categories as the domains of one data set."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import polars as pl
+from pydantic import Field, StringConstraints
 
+from npu_rec.config import Positive, Section
 from npu_rec.data.download import Log, download
 from npu_rec.data.kinds import HalfStars, RawId, Seconds
 from npu_rec.data.recipe import RawData, Recipe
@@ -14,9 +16,32 @@ from npu_rec.data.recipes.movielens import HALF_STARS
 from npu_rec.data.rows import Column, Rows
 from npu_rec.data.sources import is_archive, need
 from npu_rec.data.textio import TextFormat
+from npu_rec.errors import ConfigError, DataError
 from npu_rec.registry import register
 
 MIN_EVENTS = 5
+Layout = Literal["2014", "2018"]
+LAYOUTS: dict[Layout, TextFormat] = {
+    "2014": TextFormat(",", names=("user", "item", "rating", "timestamp")),
+    "2018": TextFormat(",", names=("item", "user", "rating", "timestamp")),
+}
+_RATINGS = (
+    Column("user", RawId()),
+    Column("item", RawId()),
+    Column("action", HalfStars(), source="rating"),
+    Column("time", Seconds(), source="timestamp"),
+)
+
+
+def frequent(data: RawData, min_item_events: int, min_user_events: int) -> RawData:
+    """Meta's filter: the events of every item and user are counted once; rows of which both have enough stay, and of
+    these the users that still have. The item list is the items of the rows, before the users are filtered again."""
+    assert isinstance(data.events, pl.DataFrame)
+    enough = (pl.len().over("item") >= min_item_events) & (pl.len().over("user") >= min_user_events)
+    events = data.events.filter(enough)
+    data.items = events.select(pl.col("item").unique().sort())
+    data.events = events.filter(pl.len().over("user") >= min_user_events)
+    return data
 
 
 @register("data", "amazon-books")
@@ -51,19 +76,70 @@ class AmazonBooks(Recipe):
 
     def read(self, source: Path, rows: Rows) -> RawData:
         path = self._ratings(source)
-        columns = [
-            Column("user", RawId()),
-            Column("item", RawId()),
-            Column("action", HalfStars(), source="rating"),
-            Column("time", Seconds(), source="timestamp"),
-        ]
-        layout = TextFormat(",", names=("user", "item", "rating", "timestamp"))
-        return RawData(rows.text(path, columns, layout), remap=True, events_file=path.name)
+        return RawData(rows.text(path, _RATINGS, LAYOUTS["2014"]), remap=True, events_file=path.name)
 
     def select(self, data: RawData) -> RawData:
-        assert isinstance(data.events, pl.DataFrame)
-        frequent = (pl.len().over("item") >= MIN_EVENTS) & (pl.len().over("user") >= MIN_EVENTS)
-        events = data.events.filter(frequent)
-        data.items = events.select(pl.col("item").unique().sort())
-        data.events = events.filter(pl.len().over("user") >= MIN_EVENTS)
+        return frequent(data, MIN_EVENTS, MIN_EVENTS)
+
+
+class AmazonDomainsOptions(Section):
+    """The domains and the filter."""
+
+    domains: dict[Annotated[str, StringConstraints(pattern="^[^/]+$")], str] = Field(
+        default_factory=dict, description="Name of each domain and its file inside `data.source`; one at least."
+    )
+    layout: Layout = Field(
+        "2014", description="Columns of the files: user, item, rating, timestamp (2014) or item, user, ... (2018)."
+    )
+    min_item_events: Positive = Field(MIN_EVENTS, description="Items of a domain with fewer events are left out.")
+    min_user_events: Positive = Field(MIN_EVENTS, description="Users with fewer events in all domains are left out.")
+
+
+@register("data", "amazon-domains", options=AmazonDomainsOptions)
+class AmazonDomains(Recipe):
+    """Reads ratings of several categories (no header); each is a domain of one data set.
+
+    Users are joined by their raw id over the domains. Items are not: the raw id is `<domain>/<id>`, and the feature
+    `domain` numbers the domains from 0 on, by name. The filter is that of `amazon-books`, users counted over all
+    domains.
+    """
+
+    description = "Several Amazon categories (2014 or 2018, ratings only) as the domains of one data set"
+    terms = "Amazon product data, J. McAuley, UCSD: for research; cite He and McAuley 2016 or Ni et al. 2019."
+    where = "ratings of categories: jmcauley.ucsd.edu/data/amazon (2014), nijianmo.github.io/amazon (2018)"
+    actions = HALF_STARS
+    options: AmazonDomainsOptions
+
+    def __init__(self, options: AmazonDomainsOptions) -> None:
+        super().__init__(options)
+        if not options.domains:
+            raise ConfigError("data.options.domains: names no domain; set it to a mapping of names to files")
+
+    def inputs(self, source: Path) -> list[Path]:
+        return [source] if is_archive(source) else list(self._files(source).values())
+
+    def _files(self, source: Path) -> dict[str, Path]:
+        """By domain, in the order of the names."""
+        files = sorted(self.options.domains.items())
+        return {name: need(source, file, why=f"it holds the domain {name}") for name, file in files}
+
+    def read(self, source: Path, rows: Rows) -> RawData:
+        parts = [self._ratings(name, path, rows) for name, path in self._files(source).items()]
+        return RawData(pl.concat(parts), remap=True, events_file="the ratings")
+
+    def _ratings(self, domain: str, path: Path, rows: Rows) -> pl.DataFrame:
+        ratings = rows.text(path, _RATINGS, LAYOUTS[self.options.layout])
+        users, items = ratings.select(pl.col("user", "item").str.starts_with("A").mean()).row(0)
+        if ratings.height and items > 0.5 > users:
+            raise DataError(
+                f"{path.name}: most items, but not users, begin with A as Amazon's users do; set data.options.layout"
+            )
+        return ratings.with_columns(pl.format("{}/{}", pl.lit(domain), "item").alias("item"))
+
+    def select(self, data: RawData) -> RawData:
+        data = frequent(data, self.options.min_item_events, self.options.min_user_events)
+        assert data.items is not None
+        codes = {name: code for code, name in enumerate(sorted(self.options.domains))}
+        domain = pl.col("item").str.extract("^([^/]+)/").replace_strict(codes, return_dtype=pl.Int64)
+        data.items = data.items.with_columns(domain.alias("domain"))
         return data
