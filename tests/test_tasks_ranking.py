@@ -212,7 +212,7 @@ def test_loss_is_the_weighted_sum_of_the_targets() -> None:
 def test_heads(kind: Any) -> None:
     g = generator(3)
     head = Head(kind, 6, [5], 2).double()
-    states, items = normal(g, 4, 6), normal(g, 4, 6)
+    states, items = normal(g, 4, 6).double(), normal(g, 4, 6).double()
     if kind == "dot":
         users = (states @ head.layers.weight.T).view(4, 2, 6)
         wanted = torch.stack([(users[:, t] * items).sum(1) / math.sqrt(6) + head.bias[t] for t in range(2)], 1)
@@ -234,7 +234,7 @@ def test_din_weighs_every_event() -> None:
     assert isinstance(model, DIN)
     from npu_rec.models import Layout
 
-    x = normal(generator(1), 9, 8)
+    x = normal(generator(1), 9, 8).double()
     layout = Layout(torch.tensor([0, 5, 5, 9]), 16, num_targets=torch.tensor([2, 0, 1]))
     wanted = torch.zeros_like(x)
     first = torch.cat([model.of_event.weight, model.of_candidate.weight, model.of_product.weight], 1)
@@ -276,14 +276,14 @@ def test_side_information(pooling: Any) -> None:
 # --- from files to metrics
 
 
-def write_films(folder: Path, users: int = 80) -> Path:
-    """Users like even or odd items; `events.csv`, `items.csv` with the parity as a feature, `users.csv`."""
+def write_films(folder: Path, users: int = 160) -> Path:
+    """Every other user likes most films, the others few; even films are liked more."""
     rng = np.random.default_rng(0)
     lines = ["user,item,action,timestamp"]
     for user in range(users):
         for k in range(int(rng.integers(8, 20))):
             item = int(rng.integers(30))
-            liked = (item % 2 == user % 2) != (rng.random() < 0.05)
+            liked = rng.random() < 0.5 + 0.3 * (-1) ** user + 0.15 * (-1) ** item
             known = rng.random() < 0.8
             lines.append(f"{user},{item},{(2 if liked else 1) if known else 0},{1_000_000_000 + 1000 * k + user}")
     folder.mkdir(parents=True)
@@ -333,7 +333,7 @@ def test_it_learns_who_likes_what(films: Path, tmp_path: Path, settings: tuple[s
     config = load_run_config(films, list(settings))
     result = train(config, run_dir=tmp_path / "run")
     assert set(result.metrics["test"]) == {"auc", "gauc", "logloss", "ne"}
-    assert result.metrics["test"]["auc"] > 0.8
+    assert result.metrics["test"]["auc"] > 0.75
     assert evaluate(config, result.checkpoint).metrics["test"] == result.metrics["test"]
 
 
@@ -372,7 +372,7 @@ def test_features_of_a_data_set(films: Path) -> None:
     of_raw = dict(zip(store.items["raw_id"].to_pylist(), store.items["item_id"].to_pylist(), strict=True))
     row = of_raw["4"]
     assert parity.values[parity.offsets[row] : parity.offsets[row + 1]].tolist() == [2, 1]
-    assert taste.offsets.diff().tolist() == [1] * 79 + [0]  # the last user is not listed
+    assert taste.offsets.diff().tolist() == [1] * 159 + [0]  # the last user is not listed
 
 
 def test_retrieval_refuses_what_is_for_ranking(shop: Path, tmp_path: Path) -> None:

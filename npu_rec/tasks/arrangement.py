@@ -94,7 +94,7 @@ def arrange(
         query_times,
         num_targets=batch.num_targets,
         dropout_keys=dropout_keys,
-        contextual_seq_len=leading,
+        contextual_seq_len=0 if interleaved else leading,  # what sees all of a window would tell its earlier events
     )
     return Arranged(x, layout, places)
 

@@ -72,7 +72,8 @@ class RankingOptions(Section):
         "mean", description="Mean of the item's vector and those of its features, or a linear map of all."
     )
     user_features: list[str] = Field(
-        [], description="Features of users: each is a token before the history that sees all of it, and is seen."
+        [],
+        description="Features of users: each is a token before the history. With `merged` it sees all of the history.",
     )
 
     @model_validator(mode="after")
