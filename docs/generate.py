@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel
 
@@ -68,9 +68,11 @@ def render() -> str:
             else:
                 parts.append("No options.")
             parts.append("")
-    parts += ["## Metrics", "", "For `eval.metrics` and `eval.select`; higher is better.", ""]
+    parts += ["## Metrics", "", "For `eval.metrics` and `eval.select`, of tasks that rank items; higher is better.", ""]
     parts += ["| metric | meaning |", "|---|---|"]
     parts += [f"| `{entry.name}` | {_first_line(entry.target)} |" for entry in _entries("metric")]
+    parts += ["", "For those of the ranking task:", "", "| metric | meaning |", "|---|---|"]
+    parts += [f"| `{entry.name}` | {_first_line(entry.target)} |" for entry in _entries("prediction_metric")]
     return "\n".join(parts) + "\n"
 
 
@@ -99,11 +101,19 @@ def _table(
             if not skip_sections:  # a section within a section
                 rows += _table(field.annotation, schema, prefix=f"{prefix}{name}.")[2:]
             continue
-        default = json.dumps(field.get_default(call_default_factory=True), default=str)
+        default = json.dumps(field.get_default(call_default_factory=True), default=_plain)
         shown = "unset" if default == "null" else f"`{default.removeprefix(chr(34)).removesuffix(chr(34))}`"
         meaning = field.description or _backends(name)
         rows.append(f"| `{prefix}{name}` | {_type(described)} | {shown} | {_cell(meaning)} |")
+        for inner in get_args(field.annotation):
+            if isinstance(inner, type) and issubclass(inner, BaseModel):  # a list of sections
+                rows += _table(inner, schema, prefix=f"{prefix}{name}[].")[2:]
     return rows
+
+
+def _plain(value: Any) -> Any:
+    """A section as the keys that differ from their defaults, anything else as text."""
+    return value.model_dump(exclude_defaults=True) if isinstance(value, BaseModel) else str(value)
 
 
 def _backends(operator: str) -> str:
@@ -119,6 +129,9 @@ def _type(described: dict[str, Any]) -> str:
 
 
 def _words(described: dict[str, Any]) -> Iterator[str]:
+    if "$ref" in described:
+        yield "mapping"
+        return
     if "enum" in described:
         *most, last = (f"`{value}`" for value in described["enum"])
         yield f"{', '.join(most)} or {last}" if most else last

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 import torch
@@ -171,7 +170,7 @@ def _histories(
     places: np.ndarray,
     longest: int,
     share: int,
-    name: Literal["train", "valid", "test"],
+    name: str,
 ) -> LabelledSplit:
     """Rows of up to `share` chosen events of a sequence, behind the events before the first of them."""
     sequences, places = owners[chosen], places[chosen]

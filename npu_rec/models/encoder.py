@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -86,8 +86,8 @@ class SequenceEncoder(nn.Module):
 
     def inputs(self, vectors: Tensor) -> Tensor:
         """Rows `[T, E]` as the model reads them, `[T, D]`."""
-        x = vectors * self.scale
-        return x if self.project_in is None else self.project_in(x)
+        x: Tensor = vectors * self.scale
+        return x if self.project_in is None else cast(Tensor, self.project_in(x))
 
     def through(self, x: Tensor, layout: Layout, present: Tensor) -> Tensor:
         """Hidden states `[T, E]` of tokens `x [T, D]`, with places and dropout; zero input where not `present [T]`."""

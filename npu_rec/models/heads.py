@@ -46,8 +46,9 @@ class Head(nn.Module):
 
     def forward(self, states: Tensor, items: Tensor) -> Tensor:
         if self.kind == "dot":
-            users = self.layers(states).unflatten(1, (self.num_targets, -1))
-            return (users * items.unsqueeze(1)).sum(2) * items.shape[1] ** -0.5 + self.bias
+            users: Tensor = self.layers(states).unflatten(1, (self.num_targets, -1))
+            scores: Tensor = (users * items.unsqueeze(1)).sum(2) * items.shape[1] ** -0.5
+            return scores + self.bias
         out: Tensor = self.layers(states * items if self.kind == "mlp" else torch.cat([states, items], 1))
         return out
 

@@ -17,10 +17,11 @@ import numpy as np
 import torch
 
 from npu_rec.config import Config, dump_config, load_resolved
+from npu_rec.data.batch import JaggedBatch
 from npu_rec.data.loader import TrainLoader
 from npu_rec.data.splits import Split
 from npu_rec.device import Device
-from npu_rec.errors import ConfigError, TrainingError, UserError
+from npu_rec.errors import TrainingError, UserError
 from npu_rec.registry import options_of, resolve
 from npu_rec.scaling.entropy import mean_entropy
 from npu_rec.scaling.study import Point
@@ -120,17 +121,15 @@ def held_out_loss(task: Task, split: Split, config: Config, device: Device) -> f
     """
     temperature = float(getattr(options_of(config, "task"), "temperature", 1.0))
     catalogue = task.tables.tables["items"].spec.num_rows if "items" in task.tables.tables else None
-    if catalogue is None:
+    if catalogue is None or type(task).top_k is Task.top_k:
         return None
     task.eval()
     losses = []
     for start in range(0, len(split), config.eval.batch_size):
         rows = np.arange(start, min(start + config.eval.batch_size, len(split)))
         batch = split.batch(rows, "none").to(device.torch_device)
-        try:
-            ids, scores = task.top_k(batch, catalogue)
-        except ConfigError:
-            return None
+        assert isinstance(batch, JaggedBatch)
+        ids, scores = task.top_k(batch, catalogue)
         shares = torch.log_softmax(scores.double().cpu() / temperature, 1)
         true = batch.next_ids[batch.offsets[1:] - 1].cpu()[:, None] == ids.cpu()
         losses.append(-shares[true])

@@ -79,11 +79,13 @@ class Task(nn.Module, ABC):
     Attributes:
         world: the ranks that train together.
         takes_context: `prepare` and `loss` share sequences among ranks as `parallel.context` says.
+        plannable: what a step works on is known without the data, so it can be planned and simulated.
         tables: its embedding tables, which `build_tables` gave this rank's part of.
     """
 
     tables: EmbeddingCollection
     takes_context: ClassVar[bool] = False
+    plannable: ClassVar[bool] = True
 
     @abstractmethod
     def __init__(self, config: Config, options: Any, facts: DataFacts, world: World = ALONE) -> None:

@@ -95,7 +95,7 @@ class MovieLens1M(GroupLens):
         if labels is not None and not is_csv:
             raise DataError(f"data.options.labels_file: {ratings.name} has all the ratings itself")
         events = _csv_ratings(ratings, rows) if is_csv else _dat_ratings(ratings, rows)
-        counts = {}
+        counts: dict[str, int] = {}
         if labels is not None:
             events, counts = _labelled(events, rows.text(labels, RATED, TextFormat(",")))
         return RawData(
