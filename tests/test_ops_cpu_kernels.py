@@ -12,7 +12,18 @@ from strategies import AttentionCase, Place, assert_all_close
 from torch import Tensor
 
 from npu_rec.errors import BackendError
-from npu_rec.ops import OPERATORS, RowOptimizer, embedding_lookup, norm_gate, sampled_softmax_loss, softmax_attention
+from npu_rec.ops import (
+    OPERATORS,
+    RowOptimizer,
+    dropout,
+    embedding_lookup,
+    norm_gate,
+    rms_norm,
+    rotary,
+    sampled_softmax_loss,
+    softmax_attention,
+    swiglu,
+)
 from npu_rec.ops.compiled import ISA_VARIABLE, extension, instruction_set, unusable
 from npu_rec.ops.random import dropout_scale, random_key
 
@@ -215,6 +226,78 @@ def test_gate_on_three_threads_gives_the_same_bits_each_time(isa: str) -> None:
     wanted = gated([x.double() for x in leaves], 0.2, "reference")
     for got, value in zip(first, wanted, strict=True):
         torch.testing.assert_close(got.double(), value, rtol=0, atol=2e-5 * float(value.abs().max()))
+
+
+# --- rms_norm, swiglu, rotary, dropout
+
+
+def blocks(name: str, tokens: int, width: int, backend: str, dtype: torch.dtype) -> list[Tensor]:
+    """The output and the gradients of the leaves, for rows that lie apart and a gradient that is a transposed tensor.
+
+    Inputs are numbers of `dtype`, in float64 for the reference. Heads of `rotary` are twice as wide as `width`.
+    """
+    seed = torch.Generator().manual_seed(width)
+    wide, angles = torch.randn(tokens, 6 * width + 1, generator=seed), torch.randn(tokens, 2 * width, generator=seed)
+    weight = torch.randn(width, generator=seed)
+    of = torch.float64 if backend == "reference" else dtype
+    wide, weight, cos, sin = (x.to(dtype).to(of) for x in (wide, weight, angles.cos(), angles.sin()))
+    if name == "rms_norm":
+        leaves = [wide[:, 1 : width + 1], weight]
+    elif name == "swiglu":
+        leaves = [4 * wide[:, 1 : 2 * width + 1]]
+    else:
+        leaves = [wide[:, 1:].unflatten(1, (3, 2 * width))[:, 1:]]
+    leaves = [x.detach().requires_grad_() for x in leaves]
+    if name == "rms_norm":
+        out = rms_norm(*leaves, eps=1e-6, backend=backend)
+    elif name == "swiglu":
+        out = swiglu(*leaves, backend=backend)
+    else:
+        out = rotary(*leaves, cos, sin, interleaved=name != "rotary", backend=backend)
+    grad = torch.randn(out.shape[::-1], generator=torch.Generator().manual_seed(5)).bfloat16().to(out)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad.permute(*range(out.dim() - 1, -1, -1)))]
+
+
+BLOCKS = ["rms_norm", "swiglu", "rotary", "rotary, interleaved"]
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("width", [1, 3, 4, 15, 16, 17, 50, 64, 200])
+def test_blocks_equal_the_float64_reference(isa: str, name: str, width: int) -> None:
+    wanted = blocks(name, 19, width, "reference", torch.float32)
+    for got, value in zip(blocks(name, 19, width, "cpp", torch.float32), wanted, strict=True):
+        torch.testing.assert_close(got.double(), value, rtol=0, atol=2e-5 * float(value.abs().max()))
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("width", [3, 50, 64])
+@pytest.mark.parametrize("dtype", LOW)
+def test_blocks_in_low_precision_are_rounded_once(isa: str, name: str, width: int, dtype: torch.dtype) -> None:
+    wanted = blocks(name, 19, width, "reference", dtype)
+    for got, value in zip(blocks(name, 19, width, "cpp", dtype), wanted, strict=True):
+        assert got.dtype == dtype
+        allowed = 0.51 * torch.finfo(dtype).eps * value.abs() + 2e-5 * float(value.abs().max())
+        assert bool(((got.double() - value).abs() <= allowed).all())
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_the_bits_of_blocks_do_not_depend_on_the_threads(isa: str, name: str, three_threads: None) -> None:
+    on_three = blocks(name, 40_000, 20, "cpp", torch.float32)
+    torch.set_num_threads(1)
+    assert all(torch.equal(a, b) for a, b in zip(on_three, blocks(name, 40_000, 20, "cpp", torch.float32), strict=True))
+    wanted = blocks(name, 40_000, 20, "reference", torch.float32)
+    for got, value in zip(on_three, wanted, strict=True):
+        torch.testing.assert_close(got.double(), value, rtol=0, atol=2e-5 * float(value.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW])
+@pytest.mark.parametrize("probability", [1e-9, 0.2, 0.5, 1 - 2**-30, 1 - 2**-40])
+def test_dropout_has_the_bits_of_the_reference(isa: str, probability: float, dtype: torch.dtype) -> None:
+    drawn = random_key(1, "dropout", torch.arange(3000))
+    keys = torch.cat([drawn, torch.tensor([0, -1, 1, 2**63 - 1, -(2**63), 2**32, -(2**31)])])
+    x = torch.randn(len(keys), 77, generator=torch.Generator().manual_seed(0)).to(dtype)
+    results = (dropout(x, probability, keys, backend=backend) for backend in ("cpp", "reference"))
+    torch.testing.assert_close(*results, rtol=0, atol=0, equal_nan=True)
 
 
 # --- embedding_lookup

@@ -81,6 +81,51 @@ struct GateTask {
   float* scratch;            // twice that
 };
 
+// Dropout: rows [begin, end) of [T, C] = [T, width]. A draw up to `largest_dropped` drops its channel, the others are
+// multiplied by `scale`. Strides in elements here and below.
+struct DropoutTask {
+  int64_t begin, end, width;
+  Dtype dtype;  // of what is void here
+  const void* x;
+  int64_t stride_x;
+  const int64_t* keys;
+  int32_t largest_dropped;
+  float scale;
+  void* out;  // rows of `width`
+};
+
+// RMSNorm: rows [begin, end) of [T, C] = [T, width]. With `grad` the gradients are computed.
+struct RMSNormTask {
+  int64_t begin, end, width;
+  Dtype dtype;  // of what is void here
+  const void *x, *grad;
+  int64_t stride_x, stride_grad;
+  const float* weight;
+  float eps;
+  void* out;        // rows of `width`; with `grad` the gradient of x
+  float* d_weight;  // [width], added to
+};
+
+// SwiGLU: rows [begin, end) of x [T, 2C], C = width. With `grad`, [T, C], the gradient is computed.
+struct SwiGLUTask {
+  int64_t begin, end, width;
+  Dtype dtype;  // of what is void here
+  const void *x, *grad;
+  int64_t stride_x, stride_grad;
+  void* out;  // rows of `width`; with `grad` the gradient of x, rows of twice that
+};
+
+// Rotary positions: rows [begin, end) of [T, H, D] = [T, heads, dim]. `back`: x is a gradient, and so is `out`.
+struct RotaryTask {
+  int64_t begin, end, heads, dim;
+  Dtype dtype;  // of what is void here
+  const void* x;
+  int64_t stride_row, stride_head;
+  const float *cos, *sin;  // [T, D]
+  bool interleaved, back;
+  void* out;
+};
+
 // Row gradients of a lookup: occurrences [first, last), sorted by id, equal ids in the order of their places.
 struct Occurrence { int64_t id, place; };
 
@@ -112,6 +157,10 @@ struct Kernels {
   void (*token_losses)(const TokensTask&);
   void (*token_gradients)(const TokensTask&);
   void (*norm_gate)(const GateTask&);
+  void (*dropout)(const DropoutTask&);
+  void (*rms_norm)(const RMSNormTask&);
+  void (*swiglu)(const SwiGLUTask&);
+  void (*rotary)(const RotaryTask&);
   void (*row_gradients)(const RowsTask&);
   void (*update_rows)(const RowsTask&);
   int vector;  // floats

@@ -18,6 +18,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("sampled_softmax_backward", &npu_rec::sampled_softmax_backward, release());
   m.def("norm_gate_forward", &npu_rec::norm_gate_forward, release());
   m.def("norm_gate_backward", &npu_rec::norm_gate_backward, release());
+  m.def("dropout_forward", &npu_rec::dropout_forward, release());
+  m.def("rms_norm_forward", &npu_rec::rms_norm_forward, release());
+  m.def("rms_norm_backward", &npu_rec::rms_norm_backward, release());
+  m.def("swiglu_forward", &npu_rec::swiglu_forward, release());
+  m.def("swiglu_backward", &npu_rec::swiglu_backward, release());
+  m.def("rotary_turn", &npu_rec::rotary_turn, release());
   m.def("embedding_forward", &npu_rec::embedding_forward, release());
   m.def("embedding_backward", &npu_rec::embedding_backward, release());
   m.def("embedding_update", &npu_rec::embedding_update, release());

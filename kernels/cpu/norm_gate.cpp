@@ -9,8 +9,6 @@
 namespace npu_rec {
 namespace {
 
-constexpr int64_t ELEMENTS_FOR_A_THREAD = 1 << 15;  // fewer are not worth waking one
-
 OptionalTensor floats(const OptionalTensor& x) {
   return x ? OptionalTensor(x->to(at::kFloat).contiguous()) : OptionalTensor();
 }

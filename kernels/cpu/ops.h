@@ -1,7 +1,9 @@
 // The operators as Python calls them (module.cpp). `isa` names an instruction set of `instruction_sets()`.
 #pragma once
+#include <ATen/Parallel.h>
 #include <torch/extension.h>
 
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <utility>
@@ -23,6 +25,14 @@ inline Dtype dtype_of(const Tensor& x) {
 
 // x [T, C] itself, and a copy only where the elements of a row lie apart.
 inline Tensor with_whole_rows(const Tensor& x) { return x.stride(1) == 1 || x.size(1) <= 1 ? x : x.contiguous(); }
+
+constexpr int64_t ELEMENTS_FOR_A_THREAD = 1 << 15;  // fewer are not worth waking one
+
+// body(begin, end) for parts of [0, rows), on several threads where that is worth it.
+template <typename Body>
+void for_rows(int64_t rows, int64_t width, const Body& body) {
+  at::parallel_for(0, rows, ELEMENTS_FOR_A_THREAD / std::max<int64_t>(1, width) + 1, body);
+}
 
 // As in npu_rec.ops.hstu_attention (kind "hstu") and softmax_attention ("softmax"), which uses no `divisor`. `ids` and
 // `limits`, [Tk], come from npu_rec.ops.masks.token_ids, and are absent where ids count the tokens; `edges` are those of
@@ -69,6 +79,28 @@ Tensor norm_gate_forward(
 std::vector<Tensor> norm_gate_backward(
     const Tensor& grad, const Tensor& x, const Tensor& gate, const OptionalTensor& weight, const OptionalTensor& bias,
     const OptionalTensor& keys, double eps, int64_t largest_dropped, double scale, const std::string& isa);
+
+// x [T, C] and keys [T] as in npu_rec.ops.dropout; the rest as in norm_gate_forward. Its own gradient: the operator is
+// linear.
+Tensor dropout_forward(
+    const Tensor& x, const Tensor& keys, int64_t largest_dropped, double scale, const std::string& isa);
+
+// Arguments as in npu_rec.ops.rms_norm.
+Tensor rms_norm_forward(const Tensor& x, const Tensor& weight, double eps, const std::string& isa);
+
+// Gradients of x and weight.
+std::vector<Tensor> rms_norm_backward(
+    const Tensor& grad, const Tensor& x, const Tensor& weight, double eps, const std::string& isa);
+
+// Arguments as in npu_rec.ops.swiglu.
+Tensor swiglu_forward(const Tensor& x, const std::string& isa);
+
+// The gradient of x.
+Tensor swiglu_backward(const Tensor& grad, const Tensor& x, const std::string& isa);
+
+// Arguments as in npu_rec.ops.rotary. With `back` x is the gradient of a result, and what returns is that of its x.
+Tensor rotary_turn(
+    const Tensor& x, const Tensor& cos, const Tensor& sin, bool interleaved, bool back, const std::string& isa);
 
 // Rows [T, D] of table [V, D]; the ids [T] have been checked.
 Tensor embedding_forward(const Tensor& table, const Tensor& ids);

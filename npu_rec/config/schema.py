@@ -308,6 +308,7 @@ class OpsConfig(Section):
     rms_norm: str = Field("auto", description="RMSNorm, in Llama and HSTU's `norm: rms`.")
     rotary: str = Field("auto", description="Rotary positions, in Llama and HSTU's `bias: rope`.")
     swiglu: str = Field("auto", description="Gated unit of Llama's feed-forward block.")
+    dropout: str = Field("auto", description="Dropout of the input and of what branches add.")
 
 
 class Config(Section):

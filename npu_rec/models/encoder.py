@@ -13,7 +13,7 @@ from npu_rec.distributed.context import ContextShard
 from npu_rec.distributed.world import ALONE
 from npu_rec.embedding import TableSpec, build_tables
 from npu_rec.models.backbone import Backbone, Layout
-from npu_rec.ops.random import dropout
+from npu_rec.ops import dropout
 from npu_rec.registry import lookup
 
 INPUT_DROPOUT = -1  # part of the dropout key; layers count from 0
@@ -43,7 +43,7 @@ class SequenceEncoder(nn.Module):
         super().__init__()
         backbone = lookup("model", config.backbone).target
         self.max_seq_len = config.max_seq_len + config.max_output_len
-        self.input_dropout = config.input_dropout
+        self.input_dropout, self.ops = config.input_dropout, ops
         embedding = embedding or EmbeddingConfig()
         width = embedding.dim or config.embedding_dim
         self.scale = width**0.5
@@ -93,7 +93,7 @@ class SequenceEncoder(nn.Module):
         """Hidden states `[T, E]` of tokens `x [T, D]`, with places and dropout; zero input where not `present [T]`."""
         if self.positions is not None:
             x = x + self.positions[layout.positions(x.shape[0])]
-        x = dropout(x, self.input_dropout, layout.keys_for(INPUT_DROPOUT))
+        x = dropout(x, self.input_dropout, layout.keys_for(INPUT_DROPOUT), backend=self.ops.dropout)
         hidden: Tensor = self.backbone(x * present.unsqueeze(1), layout)
         return hidden if self.project_out is None else self.project_out(hidden)
 

@@ -20,7 +20,7 @@ from npu_rec.models.backbone import Layout
 from npu_rec.models.relative_bias import BiasOptions
 from npu_rec.models.self_attention import SelfAttention
 from npu_rec.models.stack import Stack
-from npu_rec.ops.random import dropout
+from npu_rec.ops import dropout
 from npu_rec.registry import register
 
 EPS = 1e-5
@@ -36,7 +36,7 @@ class GPTLayer(nn.Module):
 
     def __init__(self, config: ModelConfig, options: GPTOptions, ops: OpsConfig, index: int) -> None:
         super().__init__()
-        self.part, self.dropout = 3 * index, config.dropout
+        self.part, self.ops, self.dropout = 3 * index, ops, config.dropout
         width = config.embedding_dim
         self.attention_norm = nn.LayerNorm(width, EPS)
         self.attention = SelfAttention(config, options, ops, affine=True)
@@ -58,9 +58,9 @@ class GPTLayer(nn.Module):
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         normalised = self.attention_norm(x)
         attended = self.attention(normalised, normalised, layout, self.part)
-        x = x + dropout(attended, self.dropout, layout.keys_for(self.part + 1))
+        x = x + dropout(attended, self.dropout, layout.keys_for(self.part + 1), backend=self.ops.dropout)
         hidden = gelu(self.inner(self.feed_forward_norm(x)), approximate="tanh")
-        return x + dropout(self.outer(hidden), self.dropout, layout.keys_for(self.part + 2))
+        return x + dropout(self.outer(hidden), self.dropout, layout.keys_for(self.part + 2), backend=self.ops.dropout)
 
 
 @register("model", "gpt", options=GPTOptions)

@@ -15,8 +15,7 @@ from npu_rec.models.backbone import Layout
 from npu_rec.models.norms import RMSNorm
 from npu_rec.models.relative_bias import BUCKETS, BiasedAttention
 from npu_rec.models.rotary import Angles
-from npu_rec.ops import hstu_attention, linear_silu, norm_gate, rotary, softmax_attention
-from npu_rec.ops.random import dropout
+from npu_rec.ops import dropout, hstu_attention, linear_silu, norm_gate, rotary, softmax_attention
 from npu_rec.ops.silu import silu
 
 EPS = 1e-6
@@ -119,7 +118,7 @@ class HSTULayer(BiasedAttention):
         if self.gated:
             product = u * normalised
             normalised = torch.cat([u, normalised, product], 1) if self.production else product
-        return dropout(normalised, self.dropout, keys)
+        return dropout(normalised, self.dropout, keys, backend=self.ops.dropout)
 
     def _attention(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
         common: dict[str, Any] = {

@@ -22,8 +22,7 @@ from npu_rec.models.relative_bias import BiasOptions
 from npu_rec.models.rotary import Angles, check_rotary, rotary_angles
 from npu_rec.models.self_attention import SelfAttention
 from npu_rec.models.stack import Stack
-from npu_rec.ops import swiglu
-from npu_rec.ops.random import dropout
+from npu_rec.ops import dropout, swiglu
 from npu_rec.registry import register
 
 EPS = 1e-6
@@ -59,9 +58,9 @@ class LlamaLayer(nn.Module):
     def forward(self, x: Tensor, layout: Layout, angles: Angles) -> Tensor:
         normalised = self.attention_norm(x)
         attended = self.attention(normalised, normalised, layout, self.part, angles)
-        x = x + dropout(attended, self.dropout, layout.keys_for(self.part + 1))
+        x = x + dropout(attended, self.dropout, layout.keys_for(self.part + 1), backend=self.ops.dropout)
         hidden = swiglu(self.inner(self.feed_forward_norm(x)), backend=self.ops.swiglu)
-        return x + dropout(self.outer(hidden), self.dropout, layout.keys_for(self.part + 2))
+        return x + dropout(self.outer(hidden), self.dropout, layout.keys_for(self.part + 2), backend=self.ops.dropout)
 
 
 @register("model", "llama", options=LlamaOptions)

@@ -25,7 +25,7 @@ from npu_rec.models.backbone import Layout
 from npu_rec.models.relative_bias import BiasOptions
 from npu_rec.models.self_attention import SelfAttention
 from npu_rec.models.stack import Stack
-from npu_rec.ops.random import dropout
+from npu_rec.ops import dropout
 from npu_rec.registry import register
 
 EPS = 1e-8
@@ -47,7 +47,7 @@ class SASRecLayer(nn.Module):
 
     def __init__(self, config: ModelConfig, options: SASRecOptions, ops: OpsConfig, index: int) -> None:
         super().__init__()
-        self.part, self.dropout = 3 * index, config.dropout
+        self.part, self.ops, self.dropout = 3 * index, ops, config.dropout
         self.pre_norm = options.residual == "llama"
         width, affine = config.embedding_dim, options.variant == "original"
         self.attention_norm = nn.LayerNorm(width, EPS, elementwise_affine=affine)
@@ -70,8 +70,9 @@ class SASRecLayer(nn.Module):
         return x + self._feed_forward(x, layout)
 
     def _feed_forward(self, x: Tensor, layout: Layout) -> Tensor:
-        hidden = dropout(self.inner(x).relu(), self.dropout, layout.keys_for(self.part + 1))
-        return dropout(self.outer(hidden), self.dropout, layout.keys_for(self.part + 2))
+        hidden = self.inner(x).relu()
+        hidden = dropout(hidden, self.dropout, layout.keys_for(self.part + 1), backend=self.ops.dropout)
+        return dropout(self.outer(hidden), self.dropout, layout.keys_for(self.part + 2), backend=self.ops.dropout)
 
 
 @register("model", "sasrec", options=SASRecOptions)

@@ -1,5 +1,6 @@
 """Operators: one public function a file, a plain PyTorch reference beside every faster backend."""
 
+from npu_rec.ops.dropout import dropout
 from npu_rec.ops.embedding_lookup import embedding_lookup
 from npu_rec.ops.hstu_attention import hstu_attention
 from npu_rec.ops.linear_silu import linear_silu
@@ -19,6 +20,7 @@ __all__ = [
     "Operator",
     "RelativeBias",
     "RowOptimizer",
+    "dropout",
     "embedding_lookup",
     "hstu_attention",
     "linear_silu",

@@ -7,13 +7,14 @@ import math
 import torch
 from torch import Tensor
 
-from npu_rec.ops import rms_norm_reference, rms_norm_vendor
+from npu_rec.ops import rms_norm_cpp, rms_norm_reference, rms_norm_vendor
 from npu_rec.ops.checks import check_constants, check_tensors
 from npu_rec.ops.registry import operator
 from npu_rec.ops.rms_norm_reference import RMSNormRequest
 
 RMS_NORM = operator(
     "rms_norm",
+    rms_norm_cpp.BACKEND,
     rms_norm_vendor.BACKEND,
     rms_norm_reference.BACKEND,
     sample=RMSNormRequest.sample,

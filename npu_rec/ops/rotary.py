@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from npu_rec.ops import rotary_reference, rotary_vendor
+from npu_rec.ops import rotary_cpp, rotary_reference, rotary_vendor
 from npu_rec.ops.checks import check_constants, check_tensors
 from npu_rec.ops.registry import operator
 from npu_rec.ops.rotary_reference import RotaryRequest
 
 ROTARY = operator(
     "rotary",
+    rotary_cpp.BACKEND,
     rotary_vendor.BACKEND,
     rotary_reference.BACKEND,
     sample=RotaryRequest.sample,

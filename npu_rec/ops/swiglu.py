@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from npu_rec.ops import swiglu_reference, swiglu_vendor
+from npu_rec.ops import swiglu_cpp, swiglu_reference, swiglu_vendor
 from npu_rec.ops.checks import check_constants, check_tensors
 from npu_rec.ops.registry import operator
 from npu_rec.ops.swiglu_reference import SwiGLURequest
 
 SWIGLU = operator(
     "swiglu",
+    swiglu_cpp.BACKEND,
     swiglu_vendor.BACKEND,
     swiglu_reference.BACKEND,
     sample=SwiGLURequest.sample,

@@ -67,6 +67,7 @@ _PLAIN = {
     "hstu_attention": "tiled",
     "softmax_attention": "tiled",
     "norm_gate": "reference",
+    "dropout": "reference",
     "sampled_softmax_loss": "chunked",
     "embedding_lookup": "reference",
 }

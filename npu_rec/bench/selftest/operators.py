@@ -22,6 +22,7 @@ CASES: dict[str, Callable[[], list[Case]]] = {
     "softmax_attention": attention_cases.softmax_attention_cases,
     "sampled_softmax_loss": row_cases.sampled_softmax_loss_cases,
     "norm_gate": row_cases.norm_gate_cases,
+    "dropout": row_cases.dropout_cases,
     "embedding_lookup": row_cases.embedding_lookup_cases,
     "linear_silu": row_cases.linear_silu_cases,
     "rms_norm": row_cases.rms_norm_cases,

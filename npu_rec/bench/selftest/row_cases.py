@@ -12,6 +12,7 @@ from torch.nn.functional import normalize
 from npu_rec.bench.selftest.cases import Case, Tensors, differentiated, draw, draw_ints
 from npu_rec.ops import (
     RowOptimizer,
+    dropout,
     embedding_lookup,
     linear_silu,
     norm_gate,
@@ -107,6 +108,19 @@ def norm_gate_cases() -> list[Case]:
 def _norm_gate(tensors: Tensors, backend: str) -> tuple[Tensor, ...]:
     weight, bias, keys = (tensors.get(name) for name in ("weight", "bias", "dropout_keys"))
     return (norm_gate(tensors["x"], tensors["gate"], weight, bias, dropout=0.2, dropout_keys=keys, backend=backend),)
+
+
+def dropout_cases() -> list[Case]:
+    """All sizes."""
+    return [
+        Case(
+            f"T={total} C={width}",
+            {"x": draw(seed, total, width)},
+            {"keys": draw_ints(seed, 0, 2**62, total)},
+            differentiated(lambda tensors, backend: (dropout(tensors["x"], 0.2, tensors["keys"], backend=backend),)),
+        )
+        for seed, (total, width) in enumerate(SIZES)
+    ]
 
 
 def linear_silu_cases() -> list[Case]:
