@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from conftest import npu_rec, npu_rec_json
 
-from npu_rec.config import PACKAGED_CONFIGS
+from npu_rec.config import PACKAGED_CONFIGS, load_config
 from npu_rec.errors import ConfigError, DataError, UserError
 from npu_rec.scaling.results import finished_rows, read_results, write_row
 from npu_rec.scaling.study import Study, load_study
@@ -86,6 +86,16 @@ def test_a_fingerprint_heeds_what_is_measured_alone(shop: Path, tmp_path: Path) 
 def test_wrong_studies_are_refused(shop: Path, tmp_path: Path, old: str, new: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_study(write_study(tmp_path, shop, STUDY.replace(old, new)))
+
+
+def test_a_study_and_a_training_are_told_apart(shop: Path, tmp_path: Path) -> None:
+    study = write_study(tmp_path, shop)
+    with pytest.raises(ConfigError, match=rf"a scaling study .*; `npu-rec sweep {study}` runs it$"):
+        load_config(study)
+    with pytest.raises(
+        ConfigError, match=rf"not a scaling study .*; `npu-rec train {shop}` runs a training configuration$"
+    ):
+        load_study(shop)
 
 
 def test_sweep_through_the_command_line(shop: Path, tmp_path: Path) -> None:

@@ -191,10 +191,10 @@ def test_one_card_has_no_collectives(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_scrub() -> None:
-    text = f"{Path.home()}/a.py, /data/alice/b/c.py:3 on {socket.gethostname()}, {PACKAGE}/npu_rec/cli.py"
+    text = f"{Path.home()}/a.py, /data/alice/b/c.py:3 on {socket.gethostname()}, {PACKAGE}/npu_rec/errors.py"
     shown = scrub(f"{text}, /usr/local/Ascend/latest, 3.1 GB/s, forward / backward, file:///home/bob/x")
     assert shown == (
-        "~/a.py, <path>/c.py:3 on <host>, <package>/npu_rec/cli.py, "
+        "~/a.py, <path>/c.py:3 on <host>, <package>/npu_rec/errors.py, "
         "/usr/local/Ascend/latest, 3.1 GB/s, forward / backward, file:<path>/x"
     )
 

@@ -20,7 +20,7 @@ from npu_rec.distributed import World
 from npu_rec.errors import ConfigError
 from npu_rec.ops import RowOptimizer
 from npu_rec.ops.jagged import lengths_to_offsets, position_of_token, sequence_of_token
-from npu_rec.ops.random import random_key
+from npu_rec.ops.random import derive_keys, dropout_scale, random_integers, random_key
 from npu_rec.registry import options_of, resolve
 from npu_rec.tasks import DataFacts, Retrieval, build_task, retrieval
 from npu_rec.tasks.catalogue import Catalogue
@@ -30,6 +30,8 @@ CATALOGUE = [2, 3, 5, 7, 11, 13, 17, 19, 23, 29]  # of ids up to 30
 COUNTS = [0, 0, 9, 1, 4, 3, 0, 8, 0, 0, 0, 5, 0, 2, 0, 0, 0, 6, 0, 7, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 3]
 LENGTHS = [4, 1, 6, 3]
 STRATEGIES = ["uniform", "in_batch", "popularity"]
+
+Draws = dict[str, Tensor]
 
 
 def facts(**changes: Any) -> DataFacts:
@@ -98,9 +100,9 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Tensor, Ten
     seen: list[tuple[Tensor, Tensor]] = []
     real_loss, real_play, last = retrieval.sampled_softmax_loss, Retrieval._in_play, []
 
-    def play(self: Retrieval, positives: Tensor, negatives: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        last.append(negatives)
-        return real_play(self, positives, negatives)
+    def play(self: Retrieval, positives: Tensor, drawn: Draws) -> tuple[Tensor, Tensor, Draws]:
+        last.append(drawn["negatives"])
+        return real_play(self, positives, drawn)
 
     def loss(*arguments: Any, **keywords: Any) -> Tensor:
         losses = real_loss(*arguments, **keywords)
@@ -187,17 +189,21 @@ def test_leaving_unused_items_out_changes_nothing(
     negatives: str, loss: str, many: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     about = facts() if many else facts(num_items=500, catalogue=list(range(1, 501)), item_counts=[0, *range(500)])
-    task, batch = task_of(about=about, negatives=negatives, loss=loss, log_q=negatives != "uniform"), batch_of()
+    options = {"negatives": negatives, "loss": loss, "log_q": negatives != "uniform", "ssl_weight": 0.5, "ssl_items": 3}
+    task, batch = task_of(about=about, **options), batch_of()
     assert (batch.tokens * 6 >= len(about.catalogue)) == many
 
-    def everything(self: Retrieval, positives: Tensor, negatives: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.arange(len(self.catalogue)), positives, negatives
+    def everything(self: Retrieval, positives: Tensor, drawn: Draws) -> tuple[Tensor, Tensor, Draws]:
+        return torch.arange(len(self.catalogue)), positives, drawn
 
-    def only_used(self: Retrieval, positives: Tensor, negatives: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        columns = sorted({*positives.tolist(), *negatives.flatten().tolist()})
+    def only_used(self: Retrieval, positives: Tensor, drawn: Draws) -> tuple[Tensor, Tensor, Draws]:
+        columns = sorted({c for x in (positives, *drawn.values()) for c in x.flatten().tolist()})
         place = {column: n for n, column in enumerate(columns)}
-        moved = [torch.tensor([place[c] for c in x.flatten().tolist()]).view(x.shape) for x in (positives, negatives)]
-        return torch.tensor(columns), moved[0], moved[1]
+
+        def moved(x: Tensor) -> Tensor:
+            return torch.tensor([place[c] for c in x.flatten().tolist()]).view(x.shape)
+
+        return torch.tensor(columns), moved(positives), {name: moved(x) for name, x in drawn.items()}
 
     own = loss_of(task, batch, 2)[0]
     own_gradients = gradients(task, own)
@@ -213,12 +219,84 @@ def test_leaving_unused_items_out_changes_nothing(
 @pytest.mark.parametrize("loss", ["sampled_softmax", "bce"])
 @pytest.mark.parametrize("lengths", [[], [0, 0]])
 def test_a_batch_of_nothing_has_no_loss_and_zero_gradients(negatives: str, loss: str, lengths: list[int]) -> None:
-    task = task_of(negatives=negatives, loss=loss).train()
+    task = task_of(negatives=negatives, loss=loss, ssl_weight=0.5).train()
     total, weight = loss_of(task, batch_of(lengths), 0)
     assert (total.item(), weight.item()) == (0.0, 0.0)
     found = gradients(task, total)
     assert found.keys() == dict(task.named_parameters()).keys()
     assert not any(gradient.any() for gradient in found.values())
+
+
+# --- the contrast of items
+
+
+def contrast(task: Retrieval, table: Tensor, batch: JaggedBatch, epoch: int) -> Tensor:
+    """`[T]` of the formula in float64, from rows `[num_items + 1, E]`."""
+    options = task.options
+    sequences = batch.sequence_ids[sequence_of_token(batch.offsets, batch.tokens)]
+    keys = random_key(3, "contrast", epoch, sequences, position_of_token(batch.offsets, batch.tokens))
+    drawn = task.catalogue.items(random_integers(keys, options.ssl_items, len(task.catalogue)))
+    of_items = random_key(3, "views", epoch, torch.arange(table.shape[0]))
+    views = []
+    for view in (0, 1):
+        kept = dropout_scale(derive_keys(of_items, view), table.shape[1], options.ssl_dropout).double()
+        views.append(torch.nn.functional.normalize(table * kept, dim=1))
+    losses = []
+    for items in drawn.tolist():
+        cosines = torch.stack([views[0][items[0]] @ views[1][j] for j in (items[0], *items[1:]) if j != items[0]])
+        own = views[0][items[0]] @ views[1][items[0]]
+        losses.append(torch.logsumexp(torch.cat([own[None], cosines]) / options.ssl_temperature, 0))
+        losses[-1] = losses[-1] - own / options.ssl_temperature
+    return torch.stack(losses)
+
+
+@pytest.mark.parametrize("loss", ["sampled_softmax", "bce"])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_the_contrast_is_added_with_its_weight(loss: str, dropout: float) -> None:
+    plain = task_of(loss=loss)
+    task = task_of(loss=loss, ssl_weight=0.7, ssl_items=5, ssl_dropout=dropout, ssl_temperature=0.3)
+    batch, table = batch_of(), plain.encoder.items.weight.detach().double().requires_grad_()
+    expected = contrast(task, table, batch, 4).sum()
+    expected.backward()
+    (total, weight), (without, tokens) = loss_of(task, batch, 4), loss_of(plain, batch, 4)
+    assert weight == tokens
+    assert float((total - without).detach()) == pytest.approx(0.7 * float(expected.detach()), rel=1e-4)
+    found = gradients(task, total)["encoder.items.weight"] - gradients(plain, without)["encoder.items.weight"]
+    torch.testing.assert_close(found.double(), 0.7 * table.grad, rtol=1e-4, atol=1e-5)
+
+
+def contrast_of(task: Retrieval, batch: JaggedBatch, epoch: int) -> Tensor:
+    """`[T]` of the task."""
+    assert task.contrast is not None
+    prepared = task.prepare(batch, epoch)
+    items = task.catalogue.items(prepared.draws["columns"])
+    return task.contrast.loss(epoch, items, task.encoder.items(items), prepared.draws["contrast"])
+
+
+@torch.no_grad()
+def test_the_contrast_of_a_sequence_depends_on_nothing_beside_it() -> None:
+    task = task_of(ssl_weight=1.0, ssl_items=4)
+    together = contrast_of(task, batch_of([4, 1, 6, 3], [8, 5, 2, 9]), 1)
+    assert together.unique().shape[0] > 10
+    torch.testing.assert_close(contrast_of(task, batch_of([6, 3], [2, 9]), 1), together[5:14], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(contrast_of(task, batch_of([1], [5]), 1), together[4:5], rtol=1e-5, atol=1e-6)
+
+
+def test_the_contrast_without_dropout_spreads_rows_out() -> None:
+    task = task_of(ssl_weight=1.0, ssl_items=8, ssl_dropout=0.0)
+    table = task.encoder.items.weight
+    optimizer = torch.optim.Adam([table], 0.02)
+
+    def closest() -> float:
+        rows = torch.nn.functional.normalize(table.detach()[CATALOGUE], dim=1)
+        return float((rows @ rows.T).fill_diagonal_(-1.0).max())
+
+    before = closest()
+    for epoch in range(40):
+        optimizer.zero_grad()
+        contrast_of(task, batch_of(), epoch).sum().backward()
+        optimizer.step()
+    assert closest() < before - 0.2
 
 
 # --- what is prepared ahead of a step

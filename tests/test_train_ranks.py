@@ -71,6 +71,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "llama, fsdp": ("model.backbone=llama", "parallel.dense=fsdp", "train.recompute=true", CLIP),
     "gpt": ("model.backbone=gpt", *ADAGRAD, *IN_BATCH),
     "sasrec": ("model.backbone=sasrec", "model.options.bias=position_time"),
+    "contrast of items": (*ADAGRAD, "task.options.ssl_weight=0.5", "task.options.ssl_items=4", *FEW_DRAWS),
     "production": ("embedding.optimizer=rowwise_adagrad", "model.options.variant=production", "task.options.loss=bce"),
 }
 ALSO_ON_FOUR = (

@@ -137,6 +137,10 @@ def _read(path: Path, origins: Origins, seen: tuple[Path, ...]) -> dict[str, Any
     if path in seen:
         raise ConfigError(f"{shown}: `base:` leads back to itself: {' -> '.join(p.name for p in (*seen, path))}")
     own = _parse(path, shown)
+    if "grid" in own:
+        raise ConfigError(
+            f"{shown}: a scaling study (it has a `grid`), not a training configuration; `npu-rec sweep {shown}` runs it"
+        )
     base = _expand(own.pop("base", None), shown)
     merged: dict[str, Any] = {}
     if base is not None:

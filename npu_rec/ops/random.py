@@ -13,7 +13,7 @@ from torch import Tensor
 
 _PURPOSES = {
     "dropout": 1, "negatives": 2, "rows": 3, "shuffle": 4, "data": 5, "owner": 6, "admission": 7, "length": 8,
-    "events": 9, "fraction": 10,
+    "events": 9, "fraction": 10, "contrast": 11, "views": 12,
 }  # fmt: skip
 
 

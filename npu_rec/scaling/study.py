@@ -81,7 +81,12 @@ def load_study(path: str | Path) -> Study:
         ConfigError: the study or one of its points is not valid.
     """
     file = find_config(path)
-    config = validate(StudyConfig, read_yaml(file), {(): str(path)})
+    raw = read_yaml(file)
+    if "grid" not in raw:
+        raise ConfigError(
+            f"{path}: not a scaling study (it has no `grid`); `npu-rec train {path}` runs a training configuration"
+        )
+    config = validate(StudyConfig, raw, {(): str(path)})
     beside = file.parent / config.base
     base = beside if beside.is_file() else find_config(config.base)
     axes = [_choices(name, values) for name, values in config.grid.items()]

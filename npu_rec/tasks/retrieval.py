@@ -24,6 +24,7 @@ from npu_rec.ops.random import random_key
 from npu_rec.registry import options_of, register
 from npu_rec.tasks.catalogue import Catalogue
 from npu_rec.tasks.catalogue_part import CataloguePart
+from npu_rec.tasks.item_contrast import ItemContrast
 from npu_rec.tasks.negatives import NegativeSampler, Strategy
 from npu_rec.tasks.scoring import Pairs, Scorer
 from npu_rec.tasks.task import DataFacts, Prepared, Task, check_backbone
@@ -40,6 +41,10 @@ class RetrievalOptions(Section):
     negatives: Strategy = Field("uniform", description="Where negatives come from.")
     num_negatives: int = Field(128, ge=1, description="Negatives R of each position.")
     log_q: bool = Field(False, description="Subtract the log of the sampling probability from the logits (logQ).")
+    ssl_weight: float = Field(0.0, ge=0, description="Weight of the contrast of items, which is added to the loss.")
+    ssl_items: int = Field(64, ge=2, description="Of the contrast: items of each position, uniform in the catalogue.")
+    ssl_dropout: float = Field(0.2, ge=0, lt=1, description="Of the contrast: dropout that makes the views of a row.")
+    ssl_temperature: float = Field(0.1, gt=0, description="Of the contrast: cosine similarities are divided by it.")
 
 
 @register("task", "retrieval", options=RetrievalOptions)
@@ -83,22 +88,35 @@ class Retrieval(Task):
         self.sampler = NegativeSampler(options.negatives, len(self.catalogue), counts, world.twin())
         log_q = self.sampler.log_q() if options.log_q else None
         self.register_buffer("log_q", log_q, persistent=False)
+        self.contrast: ItemContrast | None = None
+        if options.ssl_weight:
+            self.contrast = ItemContrast(
+                self.seed,
+                len(self.catalogue),
+                options.ssl_items,
+                options.ssl_dropout,
+                options.ssl_temperature,
+                self.backend,
+            )
 
     def prepare(self, batch: JaggedBatch, epoch: int) -> Prepared:
         context = None
         if self.context_world.size > 1:
             context = context_shard(self.context_world, batch.offsets, batch.times)
             batch = _part_of(batch, context)
-        keys = random_key(self.seed, "negatives", epoch, *_tokens(batch, context))
+        tokens = _tokens(batch, context)
+        keys = random_key(self.seed, "negatives", epoch, *tokens)
         positives = self.catalogue.column(batch.next_ids)
-        negatives = self.sampler.draw(keys, self.options.num_negatives, positives)
-        columns, positives, negatives = self._in_play(positives, negatives)
+        drawn = {"negatives": self.sampler.draw(keys, self.options.num_negatives, positives)}
+        if self.contrast is not None:
+            drawn["contrast"] = self.contrast.draw(epoch, *tokens)
+        columns, positives, drawn = self._in_play(positives, drawn)
         # one lookup for inputs and candidates: a row is updated once a step; being a candidate is not being seen
         wanted = torch.cat([batch.item_ids, self.catalogue.items(columns)])
         seen = torch.zeros_like(wanted)
         seen[: batch.tokens] = 1
         plan = self.tables.plan({"items": wanted}, {"items": seen})
-        draws = {"columns": columns, "positives": positives, "negatives": negatives}
+        draws = {"columns": columns, "positives": positives, **drawn}
         return Prepared(batch, epoch, draws, plan, context)
 
     def loss(self, prepared: Prepared) -> tuple[Tensor, Tensor]:
@@ -124,21 +142,27 @@ class Retrieval(Task):
                 log_q=log_q,
                 backend=self.backend,
             )
+        if self.contrast is not None:
+            items = self.catalogue.items(draws["columns"])
+            contrast = self.contrast.loss(prepared.epoch, items, candidates, draws["contrast"])
+            losses = losses + self.options.ssl_weight * contrast
         return losses.sum(), losses.new_tensor(float(batch.tokens))
 
-    def _in_play(self, positives: Tensor, negatives: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Columns whose vectors are needed, and positives and negatives as indices into them."""
+    def _in_play(self, positives: Tensor, drawn: dict[str, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Columns whose vectors are needed, and positives and what is drawn as indices into them."""
         size, optimizer = len(self.catalogue), self.encoder.items.optimizer
-        if negatives.numel() >= size:  # nearly all are needed
+        if sum(each.numel() for each in drawn.values()) >= size:  # nearly all are needed
             every = torch.arange(size, device=positives.device)
             if not self.tables.needs_plan and (optimizer is None or optimizer.name != "rowwise_adam"):
-                return every, positives, negatives  # a row more changes nothing
-            drawn = torch.zeros(size, dtype=torch.bool, device=positives.device)
-            drawn[positives], drawn[negatives.flatten()] = True, True
-            place = torch.cumsum(drawn, 0) - 1
-            return every[drawn], place[positives], place[negatives]
-        columns, index = torch.unique(torch.cat([positives.unsqueeze(1), negatives], 1), return_inverse=True)
-        return columns, index[:, 0].contiguous(), index[:, 1:].contiguous()
+                return every, positives, drawn  # a row more changes nothing
+            needed = torch.zeros(size, dtype=torch.bool, device=positives.device)
+            for wanted in (positives, *drawn.values()):
+                needed[wanted.flatten()] = True
+            place = torch.cumsum(needed, 0) - 1
+            return every[needed], place[positives], {name: place[each] for name, each in drawn.items()}
+        columns, index = torch.unique(torch.cat([positives.unsqueeze(1), *drawn.values()], 1), return_inverse=True)
+        own, *rest = (part.contiguous() for part in index.split([1, *(each.shape[1] for each in drawn.values())], 1))
+        return columns, own[:, 0], dict(zip(drawn, rest, strict=True))
 
     def _bce(self, queries: Tensor, rows: Tensor, positives: Tensor, negatives: Tensor, log_q: Tensor | None) -> Tensor:
         positive = (queries * rows[positives]).sum(1) / self.options.temperature
@@ -188,7 +212,8 @@ class Retrieval(Task):
         return torch.where(scores.isfinite(), self.catalogue.items(columns), 0), scores
 
     def flops(self, lengths: Tensor) -> float:
-        loss = 2.0 * self.encoder.items.spec.dim * (self.options.num_negatives + 1)
+        similarities = self.options.num_negatives + 1 + (0 if self.contrast is None else self.options.ssl_items)
+        loss = 2.0 * self.encoder.items.spec.dim * similarities
         return self.encoder.flops(lengths) + loss * float(lengths.sum())
 
 
