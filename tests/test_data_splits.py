@@ -18,7 +18,7 @@ from npu_rec.config import DataConfig
 from npu_rec.data import Events, SequenceStore, prepare
 from npu_rec.data.batch import JaggedBatch
 from npu_rec.data.loader import TrainLoader
-from npu_rec.data.splits import Protocol, Split, leave_one_out, share_of, train_item_counts
+from npu_rec.data.splits import LeaveOneOut, Protocol, Split, leave_one_out, share_of, train_item_counts
 from npu_rec.errors import DataError
 
 Event = tuple[int, int | None]  # item, time
@@ -245,7 +245,7 @@ def test_the_order_depends_on_seed_and_epoch_alone() -> None:
 
 def test_the_place_of_a_sequence_in_the_order_does_not_depend_on_the_others() -> None:
     long = random_split([6] * 40)
-    few = Split(long.store, long.sequences[10:30], long.starts[10:30], long.stops[10:30], "train")
+    few = LeaveOneOut(long.store, long.sequences[10:30], long.starts[10:30], long.stops[10:30], "train")
     order, order_of_few = (
         split.sequences[np.concatenate(TrainLoader(split, batch_size=4, batch_tokens=None, seed=1).batches(0))].tolist()
         for split in (long, few)

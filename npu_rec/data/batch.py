@@ -42,12 +42,15 @@ class JaggedBatch(Batch):
         next_ids: `[T]` int64, the item of the event after each; the last one of a sequence is the
             held-out item in evaluation.
         times, next_times: `[T]` int64 seconds of the same events, or None for data without times.
+        actions, next_actions: `[T]` int64 of the same events, or None where the task does not ask for them.
         removed, removed_offsets: items taken out of the ranking, jagged, or None in training.
     """
 
     next_ids: Tensor
     times: Tensor | None = None
     next_times: Tensor | None = None
+    actions: Tensor | None = None
+    next_actions: Tensor | None = None
     removed: Tensor | None = None
     removed_offsets: Tensor | None = None
 

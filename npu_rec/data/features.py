@@ -30,12 +30,24 @@ class Codes:
     Attributes:
         values: `[V]` int64, codes 1..size; a row without a value has none.
         offsets: `[R + 1]` int64.
-        size: the largest code; 0 stands for no value.
+        names: what the codes 1, 2, ... stand for.
     """
 
     values: Tensor
     offsets: Tensor
-    size: int
+    names: Sequence[str]
+
+    @property
+    def size(self) -> int:
+        """The largest code; 0 stands for no value."""
+        return len(self.names)
+
+    def first(self) -> Tensor:
+        """The first code of every row, 0 where it has none, `[R]`."""
+        codes = torch.zeros(len(self.offsets) - 1, dtype=torch.int64)
+        some = self.offsets.diff() > 0
+        codes[some] = self.values[self.offsets[:-1][some]]
+        return codes
 
 
 @dataclass(frozen=True)
@@ -86,4 +98,4 @@ def _codes(column: pl.Series, separator: str, rows: np.ndarray, last: int) -> Co
     lengths = np.zeros(last + 1, np.int64)
     lengths[rows] = lists.list.len().to_numpy()
     offsets = np.concatenate([[0], np.cumsum(lengths)])
-    return Codes(torch.from_numpy(values.copy()), torch.from_numpy(offsets), len(distinct))
+    return Codes(torch.from_numpy(values.copy()), torch.from_numpy(offsets), distinct.to_list())

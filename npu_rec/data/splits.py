@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Self
 
@@ -63,7 +63,13 @@ class Split(ABC):
 
 @dataclass(frozen=True)
 class LeaveOneOut(Split):
-    """In training every event of a window but the first is predicted from those before it, in evaluation the last."""
+    """In training every event of a window but the first is predicted from those before it, in evaluation the last.
+
+    Attributes:
+        with_actions: batches have the actions of the events.
+    """
+
+    with_actions: bool = False
 
     @property
     def row_ids(self) -> np.ndarray:
@@ -82,7 +88,8 @@ class LeaveOneOut(Split):
     def batch(self, rows: np.ndarray, remove: Removed | None = None, choice: Choice | None = None) -> JaggedBatch:
         sequences, starts, stops = self.sequences[rows], self.starts[rows], self.stops[rows]
         events = self.store.gather(sequences, starts, stops)
-        batch = windows_batch(sequences, stops - starts, events.item_ids, events.times, choice)
+        actions = events.actions if self.with_actions else None
+        batch = windows_batch(sequences, stops - starts, events.item_ids, events.times, choice, actions)
         if remove is not None:
             kept = {"history": np.zeros_like(starts), "input": starts, "none": stops - 1}[remove]
             removed = torch.from_numpy(self.store.gather(sequences, kept, stops - 1).item_ids.copy())
@@ -97,19 +104,21 @@ def windows_batch(
     item_ids: np.ndarray,
     times: np.ndarray | None,
     choice: Choice | None = None,
+    actions: np.ndarray | None = None,
 ) -> JaggedBatch:
     """The batch of windows of events: each event but the last is read and predicts the one after it.
 
     Args:
         sequences: `[B]` int64 ids.
         sizes: `[B]` events of each window, two at least.
-        item_ids, times: `[T]` of the events.
+        item_ids, times, actions: `[T]` of the events.
         choice: which events stay, the last ones among them, or None for all. Each predicts the next that stays.
     """
     if choice is not None:
         mask = choice(sequences, sizes, times)
         sizes = np.diff(np.concatenate([[0], np.cumsum(mask)])[np.concatenate([[0], np.cumsum(sizes)])])
-        item_ids, times = item_ids[mask], None if times is None else times[mask]
+        item_ids = item_ids[mask]
+        times, actions = (None if each is None else each[mask] for each in (times, actions))
     ends = np.cumsum(sizes)
     first = np.ones(len(item_ids), dtype=bool)
     first[ends - sizes] = False
@@ -118,26 +127,61 @@ def windows_batch(
     columns = {"item_ids": item_ids[last], "next_ids": item_ids[first]}
     if times is not None:
         columns |= {"times": times[last], "next_times": times[first]}
+    if actions is not None:
+        columns |= {"actions": actions[last], "next_actions": actions[first]}
     offsets = np.concatenate([[0], np.cumsum(sizes - 1)])
     tensors = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in columns.items()}
     return JaggedBatch(torch.from_numpy(sequences), torch.from_numpy(offsets), **tensors)
 
 
-def leave_one_out(store: SequenceStore, protocol: Protocol, max_seq_len: int) -> dict[str, Split]:
+def leave_one_out(
+    store: SequenceStore,
+    protocol: Protocol,
+    max_seq_len: int,
+    *,
+    with_actions: bool = False,
+    target_actions: Sequence[int] | None = None,
+) -> dict[str, Split]:
     """`train`, `test` and, for `holdout`, `valid`.
 
     Every window ends with an event to predict and has at most `max_seq_len` events before it, the
     most recent ones. Sequences too short to hold one event before the predicted one are left out.
+
+    Args:
+        with_actions: batches have the actions of the events.
+        target_actions: the events held out are the last ones with one of these actions; None: the last ones.
     """
     held_out = HELD_OUT[protocol]
-    stops = {"train": store.lengths - max(held_out.values())}
-    stops |= {name: store.lengths - back + 1 for name, back in held_out.items()}
+    places = {name: _places_from_behind(store, back, target_actions) for name, back in held_out.items()}
+    train = store.lengths
+    for place in reversed(places.values()):  # up to the first event held out
+        train = np.where(place >= 0, place, train)
+    stops = {"train": train} | {name: place + 1 for name, place in places.items()}
     splits: dict[str, Split] = {}
     for name, stop in stops.items():
         sequences = np.flatnonzero(stop >= 2).astype(np.int64)
         stop = stop[sequences]
-        splits[name] = LeaveOneOut(store, sequences, np.maximum(stop - max_seq_len - 1, 0), stop, name)
+        starts = np.maximum(stop - max_seq_len - 1, 0)
+        splits[name] = LeaveOneOut(store, sequences, starts, stop, name, with_actions)
     return splits
+
+
+def _places_from_behind(store: SequenceStore, back: int, actions: Sequence[int] | None) -> np.ndarray:
+    """`[S]` int64: the place of each sequence's event number `back` from behind with one of the actions.
+
+    Where there is none it is -1, or with actions None, when a sequence is too short, its length minus `back`.
+    """
+    if actions is None:
+        return store.lengths - back
+    first = np.cumsum(store.lengths) - store.lengths
+    events = store.gather(np.arange(len(first)), np.zeros_like(first), store.lengths)
+    assert events.actions is not None
+    chosen = np.flatnonzero(np.isin(events.actions, actions))
+    before, behind = (np.searchsorted(chosen, edge) for edge in (first, first + store.lengths))
+    places = np.full(len(first), -1, np.int64)
+    some = behind - before >= back
+    places[some] = chosen[behind[some] - back] - first[some]
+    return places
 
 
 def share_of(split: Split, fraction: float, seed: int) -> Split:

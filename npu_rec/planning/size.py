@@ -19,8 +19,8 @@ def facts_of(config: Config) -> DataFacts:
 
     A stated data set is taken to have its ids from 1 on, all of them in the catalogue, each once.
     """
-    if not lookup("task", config.task.name).target.plannable:
-        raise ConfigError(f"task.name: {config.task.name} cannot be planned: what a step predicts is in the data")
+    if not lookup("task", config.task.name).target.plannable(options_of(config, "task")):
+        raise ConfigError(f"task.name: {config.task.name} cannot be planned like this: its steps depend on data")
     stated = lookup("data", config.data.name).target.states(options_of(config, "data"))
     if stated is None:
         return open_data(config).facts

@@ -57,6 +57,9 @@ class Recommender:
         config = resolve(load_resolved(checkpoint.config_path, [f"device.backend={backend}"] if backend else None))
         if lookup("task", config.task.name).target.top_k is Task.top_k:
             raise ConfigError(f"{path}: task {config.task.name} makes no recommendations")
+        options = config.task.options
+        if options.get("behaviours", "ignored") != "ignored" or options.get("domain_feature") is not None:
+            raise ConfigError(f"{path}: its model reads behaviours or domains, which a history of ids does not have")
         self.device = open_device(config)
         self.task = build_task(config, checkpoint.facts())
         load_weights(self.task, checkpoint, str(path))

@@ -33,8 +33,6 @@ from npu_rec.tasks.task import DataFacts, Prepared, Task, check_backbone
 class Ranking(Task):
     """Candidates in the sequence: each sees the history before it and itself, and a head predicts its action."""
 
-    plannable = False  # the data says which events are labelled
-
     def __init__(self, config: Config, options: Any, facts: DataFacts, world: World = ALONE) -> None:
         super().__init__(config, options, facts, world)
         self.options: RankingOptions = options
@@ -74,6 +72,10 @@ class Ranking(Task):
     @classmethod
     def needs_item_counts(cls, options: Any) -> bool:
         return False
+
+    @classmethod
+    def plannable(cls, options: Any) -> bool:
+        return False  # the data says which events are labelled
 
     @classmethod
     def wanted_features(cls, options: Any) -> Wanted:

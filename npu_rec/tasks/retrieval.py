@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from npu_rec.config import Config, Section
+from npu_rec.config import Config
+from npu_rec.data import SequenceStore
 from npu_rec.data.batch import JaggedBatch
+from npu_rec.data.features import Wanted
+from npu_rec.data.splits import Split, leave_one_out
 from npu_rec.distributed import World
 from npu_rec.distributed.context import ContextShard, context_shard, context_world
 from npu_rec.distributed.world import ALONE
 from npu_rec.errors import ConfigError
 from npu_rec.evaluation.ranking import compute_metrics
+from npu_rec.models import Layout
 from npu_rec.models.encoder import SequenceEncoder, unit
 from npu_rec.ops import sampled_softmax_loss
 from npu_rec.ops.jagged import offsets_to_lengths, position_of_token, sequence_of_token
@@ -24,27 +27,12 @@ from npu_rec.ops.random import random_key
 from npu_rec.registry import options_of, register
 from npu_rec.tasks.catalogue import Catalogue
 from npu_rec.tasks.catalogue_part import CataloguePart
+from npu_rec.tasks.event_kinds import EventKinds, Reading
 from npu_rec.tasks.item_contrast import ItemContrast
-from npu_rec.tasks.negatives import NegativeSampler, Strategy
+from npu_rec.tasks.negatives import NegativeSampler
+from npu_rec.tasks.retrieval_options import RetrievalOptions
 from npu_rec.tasks.scoring import Pairs, Scorer
 from npu_rec.tasks.task import DataFacts, Prepared, Task, check_backbone
-
-
-class RetrievalOptions(Section):
-    """`task.options` of `retrieval`."""
-
-    loss: Literal["sampled_softmax", "bce"] = Field(
-        "sampled_softmax",
-        description="`bce`: binary cross entropy of the positive and, averaged, of the negatives.",
-    )
-    temperature: float = Field(0.05, gt=0, description="Cosine similarities are divided by it.")
-    negatives: Strategy = Field("uniform", description="Where negatives come from.")
-    num_negatives: int = Field(128, ge=1, description="Negatives R of each position.")
-    log_q: bool = Field(False, description="Subtract the log of the sampling probability from the logits (logQ).")
-    ssl_weight: float = Field(0.0, ge=0, description="Weight of the contrast of items, which is added to the loss.")
-    ssl_items: int = Field(64, ge=2, description="Of the contrast: items of each position, uniform in the catalogue.")
-    ssl_dropout: float = Field(0.2, ge=0, lt=1, description="Of the contrast: dropout that makes the views of a row.")
-    ssl_temperature: float = Field(0.1, gt=0, description="Of the contrast: cosine similarities are divided by it.")
 
 
 @register("task", "retrieval", options=RetrievalOptions)
@@ -54,9 +42,34 @@ class Retrieval(Task):
     takes_context = True
     log_q: Tensor | None  # [C]
 
+    domain_of_item: Tensor | None  # [num_items + 1]
+
     @classmethod
     def needs_item_counts(cls, options: Any) -> bool:
         return bool(options.negatives == "popularity" or options.log_q)
+
+    @classmethod
+    def plannable(cls, options: Any) -> bool:
+        return not options.reads_actions and options.domain_feature is None
+
+    @classmethod
+    def wanted_features(cls, options: Any) -> Wanted:
+        return Wanted(items=[] if options.domain_feature is None else [options.domain_feature])
+
+    @classmethod
+    def make_splits(cls, store: SequenceStore, config: Config, options: Any) -> dict[str, Split]:
+        if config.eval.protocol == "time":
+            raise ConfigError(f"eval.protocol: time is for task.name ranking, not {config.task.name}")
+        if options.reads_actions and not store.has_actions:
+            wanting = "behaviours" if options.target_actions is None else "target_actions"
+            raise ConfigError(f"task.options.{wanting}: {config.data.name} has no actions")
+        return leave_one_out(
+            store,
+            config.eval.protocol,
+            config.model.max_seq_len,
+            with_actions=options.reads_actions,
+            target_actions=options.target_actions,
+        )
 
     def __init__(self, config: Config, options: Any, facts: DataFacts, world: World = ALONE) -> None:
         super().__init__(config, options, facts, world)
@@ -64,8 +77,13 @@ class Retrieval(Task):
         self.seed = config.train.seed
         self.backend = config.ops.sampled_softmax_loss
         check_backbone(config, candidates=False)
+        domains = None if options.domain_feature is None else facts.features.items[options.domain_feature]
+        self.register_buffer("domain_of_item", None if domains is None else domains.first(), persistent=False)
+        self.domain_names = [] if domains is None else list(domains.names)
+        self.kinds = self._event_kinds(config.model.embedding_dim, facts.num_actions)
+        each = 1 if self.kinds is None else self.kinds.tokens_per_event
         self.encoder = SequenceEncoder(
-            config.model,
+            config.model.model_copy(update={"max_seq_len": each * config.model.max_seq_len}),
             options_of(config, "model"),
             config.ops,
             num_items=facts.num_items,
@@ -77,6 +95,8 @@ class Retrieval(Task):
         self.context_world = context_world(world, config.parallel.context)
         if self.context_world.size > 1 and not self.encoder.backbone.takes_context:
             raise ConfigError(f"parallel.context: model.backbone {config.model.backbone} cannot share sequences")
+        if self.context_world.size > 1 and self.kinds is not None:
+            raise ConfigError("parallel.context: sequences with behaviours or domains cannot be shared")
         if self.encoder.backbone.needs_times and not facts.has_times:
             raise ConfigError(
                 f"data.name: {config.data.name} has no times, but model.backbone {config.model.backbone} uses a "
@@ -98,6 +118,13 @@ class Retrieval(Task):
                 options.ssl_temperature,
                 self.backend,
             )
+
+    def _event_kinds(self, width: int, num_actions: int) -> EventKinds | None:
+        """What of events the model reads besides their items."""
+        readings: dict[str, Reading] = {"behaviour": self.options.behaviours, "domain": self.options.domains}
+        sizes = {"behaviour": num_actions, "domain": 1 + len(self.domain_names)}
+        sizes = {name: size for name, size in sizes.items() if readings[name] != "ignored"}
+        return EventKinds(sizes, readings, width) if sizes else None
 
     def prepare(self, batch: JaggedBatch, epoch: int) -> Prepared:
         context = None
@@ -121,13 +148,9 @@ class Retrieval(Task):
 
     def loss(self, prepared: Prepared) -> tuple[Tensor, Tensor]:
         batch, draws = prepared.batch, prepared.draws
-        dropout_keys = None
-        if self.training:
-            dropout_keys = random_key(self.seed, "dropout", prepared.epoch, *_tokens(batch, prepared.context))
         vectors = self.tables.lookup(prepared.plan)["items"]
         inputs, candidates = vectors.split([batch.tokens, draws["columns"].shape[0]])
-        times = batch.times, batch.next_times
-        hidden = self.encoder(batch.item_ids, batch.offsets, *times, dropout_keys, inputs, prepared.context)
+        hidden = self._hidden(batch, inputs, prepared.epoch if self.training else None, prepared.context)
         queries, rows = unit(hidden.float()), unit(candidates.float())
         log_q = None if self.log_q is None else self.log_q[draws["columns"]]
         if self.options.loss == "bce":
@@ -146,7 +169,48 @@ class Retrieval(Task):
             items = self.catalogue.items(draws["columns"])
             contrast = self.contrast.loss(prepared.epoch, items, candidates, draws["contrast"])
             losses = losses + self.options.ssl_weight * contrast
-        return losses.sum(), losses.new_tensor(float(batch.tokens))
+        if self.options.target_actions is None:
+            return losses.sum(), losses.new_tensor(float(batch.tokens))
+        assert batch.next_actions is not None
+        wanted = torch.zeros_like(batch.next_actions, dtype=torch.bool)
+        for action in self.options.target_actions:
+            wanted |= batch.next_actions == action
+        return (losses * wanted).sum(), wanted.sum().to(losses.dtype)
+
+    def _hidden(
+        self, batch: JaggedBatch, vectors: Tensor, epoch: int | None, context: ContextShard | None = None
+    ) -> Tensor:
+        """Hidden states `[T, E]` that predict the event after each.
+
+        Args:
+            vectors: `[T, E]`, the rows of the items.
+            epoch: of the dropout; None: there is none.
+        """
+
+        def keys(sequences: Tensor, places: Tensor) -> Tensor:
+            assert epoch is not None
+            return random_key(self.seed, "dropout", epoch, batch.sequence_ids[sequences], places)
+
+        if self.kinds is None:
+            dropout_keys = None
+            if epoch is not None:
+                dropout_keys = random_key(self.seed, "dropout", epoch, *_tokens(batch, context))
+            times = batch.times, batch.next_times
+            hidden: Tensor = self.encoder(batch.item_ids, batch.offsets, *times, dropout_keys, vectors, context)
+            return hidden
+        kinds = {}
+        if self.options.behaviours != "ignored":
+            if batch.actions is None:
+                raise ConfigError("task.options.behaviours: histories without actions cannot be read")
+            kinds["behaviour"] = batch.actions
+        if self.domain_of_item is not None:
+            kinds["domain"] = self.domain_of_item[batch.item_ids]
+        layout = Layout(batch.offsets, self.encoder.max_seq_len, batch.times, batch.next_times)
+        x, layout, places = self.kinds.arrange(
+            self.encoder.inputs(vectors), kinds, layout, None if epoch is None else keys
+        )
+        present = (batch.item_ids != 0).repeat_interleave(self.kinds.tokens_per_event)
+        return self.encoder.through(x, layout, present)[places]
 
     def _in_play(self, positives: Tensor, drawn: dict[str, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Columns whose vectors are needed, and positives and what is drawn as indices into them."""
@@ -182,7 +246,7 @@ class Retrieval(Task):
         if self.training:
             self.scorer.part.forget()
         vectors = self.tables.read("items", batch.item_ids)
-        hidden = self.encoder(batch.item_ids, batch.offsets, batch.times, batch.next_times, None, vectors)
+        hidden = self._hidden(batch, vectors, None)
         users = hidden.new_zeros(batch.sequence_ids.shape[0], hidden.shape[1])
         some = offsets_to_lengths(batch.offsets) > 0
         users[some] = hidden[batch.offsets[1:][some] - 1]
@@ -202,10 +266,22 @@ class Retrieval(Task):
         return self.scorer.ranks(self._users(batch), targets, self._removed(batch))
 
     def observe(self, batch: JaggedBatch) -> Tensor:
-        return self.ranks(batch)
+        """Ranks `[B]`; where items have domains, ranks and the domain of the held-out item, `[B, 2]`."""
+        ranks = self.ranks(batch)
+        if self.domain_of_item is None:
+            return ranks
+        return torch.stack([ranks, self.domain_of_item[batch.next_ids[batch.offsets[1:] - 1]]], 1)
 
     def metrics(self, observed: Tensor, names: list[str]) -> dict[str, float]:
-        return compute_metrics(observed, names)
+        """Of all, and as `<domain>/<name>` of those whose held-out item is in a domain."""
+        if observed.dim() == 1:
+            return compute_metrics(observed, names)
+        ranks, domains = observed.unbind(1)
+        values = compute_metrics(ranks, names)
+        for code, domain in enumerate(self.domain_names, 1):
+            own = compute_metrics(ranks[domains == code], names)
+            values |= {f"{domain}/{name}": value for name, value in own.items()}
+        return values
 
     def top_k(self, batch: JaggedBatch, k: int) -> tuple[Tensor, Tensor]:
         columns, scores = self.scorer.top_k(self._users(batch), k, self._removed(batch))
@@ -214,7 +290,8 @@ class Retrieval(Task):
     def flops(self, lengths: Tensor) -> float:
         similarities = self.options.num_negatives + 1 + (0 if self.contrast is None else self.options.ssl_items)
         loss = 2.0 * self.encoder.items.spec.dim * similarities
-        return self.encoder.flops(lengths) + loss * float(lengths.sum())
+        tokens = lengths if self.kinds is None else lengths * self.kinds.tokens_per_event
+        return self.encoder.flops(tokens) + loss * float(lengths.sum())
 
 
 def _tokens(batch: JaggedBatch, context: ContextShard | None) -> tuple[Tensor, Tensor]:

@@ -79,13 +79,11 @@ class Task(nn.Module, ABC):
     Attributes:
         world: the ranks that train together.
         takes_context: `prepare` and `loss` share sequences among ranks as `parallel.context` says.
-        plannable: what a step works on is known without the data, so it can be planned and simulated.
         tables: its embedding tables, which `build_tables` gave this rank's part of.
     """
 
     tables: EmbeddingCollection
     takes_context: ClassVar[bool] = False
-    plannable: ClassVar[bool] = True
 
     @abstractmethod
     def __init__(self, config: Config, options: Any, facts: DataFacts, world: World = ALONE) -> None:
@@ -95,6 +93,11 @@ class Task(nn.Module, ABC):
     @classmethod
     def needs_item_counts(cls, options: Any) -> bool:
         """Whether `DataFacts.item_counts` must be there; 8 bytes for every id up to the largest."""
+        return True
+
+    @classmethod
+    def plannable(cls, options: Any) -> bool:
+        """Whether what a step works on is known without the data, so that it can be planned and simulated."""
         return True
 
     @classmethod
