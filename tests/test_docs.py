@@ -19,7 +19,7 @@ from npu_rec.cli import app
 from npu_rec.config import Config, load_config, validate
 from npu_rec.data.recipes.interactions import InteractionsOptions
 from npu_rec.ops import OPERATORS
-from npu_rec.registry import lookup, names
+from npu_rec.registry import import_extensions, lookup, names
 
 DOCS = REPOSITORY / "docs"
 PAGES = [REPOSITORY / "README.md", *sorted(DOCS.glob("*.md"))]
@@ -95,6 +95,7 @@ def test_configuration_examples_and_keys_are_valid(page: Path) -> None:
         if match[3]:
             sections = [fields[match[2]].annotation]
             if match[2] == "options":
+                import_extensions([])  # the package's own components register
                 sections = [lookup(match[1], name).options for name in names(match[1])]  # type: ignore[arg-type]
             assert any(match[3] in getattr(section, "model_fields", {}) for section in sections), f"no key {span}"
 
