@@ -13,6 +13,7 @@ from conftest import npu_rec
 from strategies import generator, normal, one_thread  # noqa: F401
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, prelu
+from train_ranks import Job, column, logged, run_jobs, train_on_ranks, worst
 
 from npu_rec.config import Config, DataConfig, load_config
 from npu_rec.data import SequenceStore, prepare
@@ -355,6 +356,26 @@ def test_it_learns_who_likes_what(films: Path, tmp_path: Path, settings: tuple[s
 def test_what_cannot_be_is_said(films: Path, tmp_path: Path, settings: tuple[str, ...], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         train(load_run_config(films, list(settings)), run_dir=tmp_path / "run")
+
+
+RANKED = {
+    "interleaved": ("embedding.optimizer=rowwise_adagrad", "embedding.lr=0.05", "task.options.item_features=[parity]"),
+    "merged": ("task.options.layout=merged", "task.options.user_features=[taste]", "parallel.dense=fsdp"),
+}
+
+
+def test_two_ranks_train_as_one(films: Path, tmp_path: Path) -> None:
+    common = ("train.max_steps=12", "train.log_every=1", "train.checkpoint_every=1000", "parallel.timeout=60")
+    jobs = {
+        ranks: [Job(str(films), str(tmp_path / str(ranks) / name), (*common, *more)) for name, more in RANKED.items()]
+        for ranks in (1, 2)
+    }
+    run_jobs(jobs[1])
+    train_on_ranks(2, jobs[2])
+    for name in RANKED:
+        one, two = tmp_path / "1" / name, tmp_path / "2" / name
+        assert worst(column(two, "loss"), column(one, "loss")) <= 1e-4
+        assert logged(two, "test")[-1]["auc"] == pytest.approx(logged(one, "test")[-1]["auc"], abs=0.01)
 
 
 def test_no_recommendations(films: Path, tmp_path: Path) -> None:
