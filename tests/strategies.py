@@ -46,9 +46,11 @@ def examples(count: int) -> settings:
 def backends(operator: str, *, but: str = "", interpreted: bool = True) -> list[str]:
     """The registered backends of an operator, except `but` and, on request, those that an interpreter would run.
 
-    The vendor's operators need their card: without one, stand-ins are tested (test_ops_vendor_*.py).
+    The vendor's operators need their card: without one, stand-ins are tested (test_ops_vendor_*.py). FlashAttention
+    knows 16 bits alone (test_ops_softmax_attention.py).
     """
-    found = (b for b in OPERATORS[operator].backends if b.name != "vendor" or torch.accelerator.is_available())
+    there = ("flash",) if torch.accelerator.is_available() else ("flash", "vendor")
+    found = (b for b in OPERATORS[operator].backends if b.name not in there)
     return [b.name for b in found if b.name != but and (interpreted or not b.by_name_only)]
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -29,7 +32,7 @@ from strategies import (
 from torch import Tensor
 from vendor_standins import registered
 
-from npu_rec.ops import OPERATORS, attention_tiles, softmax_attention, softmax_attention_tiled
+from npu_rec.ops import OPERATORS, attention_tiles, softmax_attention, softmax_attention_flash, softmax_attention_tiled
 from npu_rec.ops.compiled import unusable
 from npu_rec.ops.jagged import lengths_to_offsets
 from npu_rec.ops.masks import MaskRule
@@ -346,6 +349,120 @@ def test_the_vendor_operator_gives_the_reference(
     with registered(*vendor.FUSION_ATTENTION):
         actual = forward_and_gradients(case.softmax("vendor"), case.leaves(torch.float32), seed)
     assert_all_close(actual, forward_and_gradients(case.softmax("reference"), case.leaves(), seed), 2e-5)
+
+
+@contextmanager
+def flash_on_cpu() -> Iterator[None]:
+    """PyTorch's FlashAttention, computing its formula on the CPU in float64, and taken for there."""
+
+    def weights(q: Tensor, k: Tensor, rows: slice, causal: bool, scale: float, left: int | None) -> Tensor:
+        length = rows.stop - rows.start
+        row, column = torch.arange(length)[:, None], torch.arange(length)[None, :]
+        seen = (column <= row) if causal else torch.ones(length, length, dtype=torch.bool)
+        seen = seen if left is None else seen & (row - column <= left)
+        scores = torch.einsum("ihd,jhd->hij", q[rows].double(), k[rows].double()) * scale
+        return scores.masked_fill(~seen, -torch.inf).softmax(2)
+
+    def sequences(ends: Tensor, longest: int) -> list[slice]:
+        assert ends.dtype == torch.int32
+        rows = [slice(a, b) for a, b in pairwise(ends.tolist()) if a < b]
+        assert all(own.stop - own.start <= longest for own in rows)
+        return rows
+
+    def forward(
+        q, k, v, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, return_debug_mask, *, scale=None,
+        window_size_left=None, window_size_right=None, **rest,
+    ):  # type: ignore[no-untyped-def]  # fmt: skip
+        assert q.shape == k.shape == v.shape
+        assert q.shape[2] % 8 == 0
+        out = torch.zeros_like(v)
+        for rows in sequences(cum_seq_q, max_q):
+            attention = weights(q, k, rows, is_causal, scale, window_size_left)
+            out[rows] = torch.einsum("hij,jhd->ihd", attention, v[rows].double()).to(v.dtype)
+        return out, out.new_zeros(7), torch.tensor(3), torch.tensor(4), out.new_zeros(0)
+
+    def backward(
+        grad, q, k, v, out, sums, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, state, unused, *,
+        scale=None, window_size_left=None, window_size_right=None,
+    ):  # type: ignore[no-untyped-def]  # fmt: skip
+        assert (sums.shape, int(state), int(unused)) == ((7,), 3, 4)
+        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for rows in sequences(cum_seq_q, max_q):
+            attention = weights(q, k, rows, is_causal, scale, window_size_left)
+            g = grad[rows].double()
+            d_attention = torch.einsum("ihd,jhd->hij", g, v[rows].double())
+            inner = (g * out[rows].double()).sum(2).t().unsqueeze(2)
+            d_scores = attention * (d_attention - inner) * scale
+            dq[rows] = torch.einsum("hij,jhd->ihd", d_scores, k[rows].double()).to(q.dtype)
+            dk[rows] = torch.einsum("hij,ihd->jhd", d_scores, q[rows].double()).to(k.dtype)
+            dv[rows] = torch.einsum("hij,ihd->jhd", attention, g).to(v.dtype)
+        return dq, dk, dv
+
+    library = torch.library.Library("aten", "IMPL", "CPU")
+    library.impl("_flash_attention_forward", forward)
+    library.impl("_flash_attention_backward", backward)
+    try:
+        with patch.object(softmax_attention_flash, "card_refused", return_value=None):
+            yield
+    finally:
+        library._destroy()
+
+
+@examples(40)
+@given(
+    lengths=st.lists(st.integers(0, 20), min_size=1, max_size=4).filter(any),
+    causal=st.booleans(),
+    window=st.sampled_from([0, 0, 1, 5]),
+    dims=st.sampled_from([(16, 16), (3, 7), (7, 3)]),
+    seed=st.integers(0, 999),
+)
+def test_flash_attention_is_called_as_it_wants(
+    lengths: list[int], causal: bool, window: int, dims: tuple[int, int], seed: int
+) -> None:
+    """Its formula in bfloat16 against the reference."""
+    case = AttentionCase(
+        tuple(lengths), max_seq_len=20, qk_dim=dims[0], v_dim=dims[1], alpha=0.3, causal=causal,
+        max_attn_len=window if causal else 0, seed=seed,
+    )  # fmt: skip
+    leaves = case.leaves(torch.bfloat16)
+    with flash_on_cpu():
+        actual = forward_and_gradients(case.softmax("flash"), leaves, seed)
+    exact = {name: leaf.double() for name, leaf in leaves.items()}
+    assert_all_close(actual, forward_and_gradients(case.softmax("reference"), exact, seed), 3e-2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
+@pytest.mark.parametrize("window", [0, 3])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_flash_attention_on_a_card(dtype: torch.dtype, window: int) -> None:
+    case = AttentionCase((30, 2, 17), max_seq_len=30, qk_dim=16, v_dim=12, alpha=0.25, max_attn_len=window)
+    leaves = {name: leaf.to("cuda", dtype) for name, leaf in case.leaves().items()}
+    exact = {name: leaf.cpu().double() for name, leaf in leaves.items()}
+    expected = forward_and_gradients(case.softmax("reference"), exact, 1)
+    actual = forward_and_gradients(case.softmax("flash", device="cuda"), leaves, 1)
+    plain = max_error(forward_and_gradients(case.softmax("reference", device="cuda"), leaves, 1), expected)
+    for name, error in max_error(actual, expected).items():
+        assert error <= 3 * plain[name] + 1e-6, name
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        ({"position_weight": torch.zeros(15)}, "takes no bias"),
+        ({"dropout": 0.1, "dropout_keys": torch.arange(8)}, "its dropout is not drawn from keys"),
+        ({"num_targets": torch.tensor([1, 0])}, "has no mask of targets and contextual tokens"),
+        ({"rule": MaskRule(contextual_seq_len=1)}, "has no mask of targets and contextual tokens"),
+        ({"rule": MaskRule(False, max_attn_len=2)}, "a local window is causal and the same for all rows"),
+        ({"dtype": torch.float32}, "the dtype is torch.float32; float16, bfloat16"),
+        ({"width": 257}, "the head width is 257; 1 to 256"),
+        ({}, None),
+    ],
+)
+def test_what_flash_attention_takes(more: dict[str, Any], reason: str | None) -> None:
+    asked = request(**{"dtype": torch.bfloat16, **more})
+    assert softmax_attention_flash.supports(asked) == "the tensors are on cpu"
+    with flash_on_cpu():
+        assert softmax_attention_flash.supports(asked) == reason
 
 
 @pytest.mark.parametrize("backend", ["vendor", "cpp", "tiled"])

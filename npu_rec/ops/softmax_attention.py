@@ -12,6 +12,7 @@ from torch import Tensor
 
 from npu_rec.ops import (
     softmax_attention_cpp,
+    softmax_attention_flash,
     softmax_attention_reference,
     softmax_attention_tiled,
     softmax_attention_vendor,
@@ -25,6 +26,7 @@ from npu_rec.ops.softmax_attention_request import SoftmaxAttentionRequest
 SOFTMAX_ATTENTION = operator(
     "softmax_attention",
     softmax_attention_cpp.BACKEND,
+    softmax_attention_flash.BACKEND,
     softmax_attention_vendor.BACKEND,
     softmax_attention_tiled.BACKEND,
     softmax_attention_reference.BACKEND,
