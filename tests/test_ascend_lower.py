@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import REPOSITORY, npu_rec
 
 from npu_rec.bench.lowering import markdown
 from npu_rec.errors import DeviceError
+from npu_rec.kernels.ascend import lower as lowering
 from npu_rec.kernels.ascend import tools
 from npu_rec.kernels.ascend.hivm import read_program
 from npu_rec.kernels.ascend.lower import CHIPS, Row, lower
@@ -115,6 +117,46 @@ def test_a_python_without_triton_ascend_is_named(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(tools.sys, "version_info", (3, 12, 1))
     with pytest.raises(DeviceError, match=r"up to 3\.11"):
         tools.install()
+
+
+@pytest.fixture
+def counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The calls of a compiler that makes STRUCTURED of everything but `bad`; its results are kept in `tmp_path`."""
+    monkeypatch.setenv(tools.VARIABLE, str(tmp_path))
+    for suffix in ("", "-a5"):
+        tools.compiler(suffix).parent.mkdir(parents=True, exist_ok=True)
+        tools.compiler(suffix).write_text("a compiler")
+    calls: list[list[str]] = []
+
+    def compile_(folder: Path, command: list[str], text: Path) -> dict[str, Any] | str:
+        calls.append(command)
+        return "no" if text.read_text() == "bad" else {"program": STRUCTURED, "multi_buffered": True}
+
+    monkeypatch.setattr(lowering, "_compile", compile_)
+    return calls
+
+
+def test_what_was_compiled_is_not_compiled_again(counted: list[list[str]], tmp_path: Path) -> None:
+    text = tmp_path / "text"
+
+    def lowered(content: str, chip: str = "Ascend910B1", flag: str = "-a") -> Any:
+        text.write_text(content)
+        return lowering._Compiler(tmp_path).lower(chip, str(text), [flag])
+
+    first = lowered("good")
+    assert first == lowered("good") == lowering._Lowered(read_program(STRUCTURED), True)
+    assert len(counted) == 1
+    lowered("better"), lowered("good", "Ascend910B4"), lowered("good", flag="-b"), lowered("good", "Ascend950PR_9589")
+    assert len(counted) == 5
+    assert lowered("bad") == lowered("bad") == "no"
+    assert len(counted) == 7
+    (tmp_path / "ascendnpuir" / "bin" / "bishengir-compile").write_text("another compiler")
+    lowered("good")
+    assert len(counted) == 8
+    for path in (tmp_path / "lowered").iterdir():
+        path.write_bytes(path.read_bytes()[:50])
+    assert lowered("good") == first
+    assert len(counted) == 9
 
 
 STRUCTURED = """\
