@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import warm_commands
 from hypothesis import settings
 
 settings.register_profile("npu-rec", derandomize=True, deadline=None, max_examples=25)
@@ -88,12 +89,16 @@ def no_process_group() -> None:
 def npu_rec(
     *arguments: object, cwd: Path | None = None, env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run `python -m npu_rec ...`, without the interpreter of these tests."""
+    """Run `npu-rec ...` in a process of its own; with `env` one that starts with these variables."""
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    variables = {**inherited, "OMP_NUM_THREADS": "1"}
+    given = [str(argument) for argument in arguments]
+    if env is None:
+        return warm_commands.run(given, cwd or Path.cwd(), variables)
     return subprocess.run(
-        [sys.executable, "-m", "npu_rec", *map(str, arguments)],
+        [sys.executable, "-m", "npu_rec", *given],
         cwd=cwd,
-        env={**inherited, "OMP_NUM_THREADS": "1", **(env or {})},
+        env=variables | env,
         capture_output=True,
         text=True,
         timeout=300,

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import REPOSITORY, npu_rec
 
 from npu_rec.bench.lowering import markdown
 from npu_rec.errors import DeviceError
+from npu_rec.kernels.ascend import lower as lowering
 from npu_rec.kernels.ascend import tools
 from npu_rec.kernels.ascend.hivm import read_program
 from npu_rec.kernels.ascend.lower import CHIPS, Row, lower
@@ -78,7 +80,7 @@ def test_command_prints_one_document() -> None:
     ("arguments", "message"),
     [
         (("--chip", "910C"), "unknown chip '910C': choose one of 910B1"),
-        (("--kernel", "attention"), "no kernel's name, operator.kernel, begins with 'attention'"),
+        (("--chip", "910B1", "--kernel", "attention"), "no kernel's name, operator.kernel, begins with 'attention'"),
     ],
 )
 def test_wrong_names_are_one_line(arguments: Sequence[str], message: str) -> None:
@@ -89,17 +91,19 @@ def test_wrong_names_are_one_line(arguments: Sequence[str], message: str) -> Non
     assert done.stderr.count("\n") == 1
 
 
-def test_absent_compilers_are_one_line(tmp_path: Path) -> None:
-    done = npu_rec("lower", env={tools.VARIABLE: str(tmp_path)})
+def test_absent_compilers_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(tools.VARIABLE, str(tmp_path))
+    done = npu_rec("lower")
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert tools.unsupported() is not None or "npu-rec lower --install" in done.stderr
 
 
 @needs_compilers
-def test_a_folder_with_something_else_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_with_something_else_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
-    done = npu_rec("lower", "--install", env={tools.VARIABLE: str(tmp_path)})
+    monkeypatch.setenv(tools.VARIABLE, str(tmp_path))
+    done = npu_rec("lower", "--install")
     assert done.returncode == 2
     assert f"{tmp_path} holds something else" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
@@ -115,6 +119,46 @@ def test_a_python_without_triton_ascend_is_named(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(tools.sys, "version_info", (3, 12, 1))
     with pytest.raises(DeviceError, match=r"up to 3\.11"):
         tools.install()
+
+
+@pytest.fixture
+def counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The calls of a compiler that makes STRUCTURED of everything but `bad`; its results are kept in `tmp_path`."""
+    monkeypatch.setenv(tools.VARIABLE, str(tmp_path))
+    for suffix in ("", "-a5"):
+        tools.compiler(suffix).parent.mkdir(parents=True, exist_ok=True)
+        tools.compiler(suffix).write_text("a compiler")
+    calls: list[list[str]] = []
+
+    def compile_(folder: Path, command: list[str], text: Path) -> dict[str, Any] | str:
+        calls.append(command)
+        return "no" if text.read_text() == "bad" else {"program": STRUCTURED, "multi_buffered": True}
+
+    monkeypatch.setattr(lowering, "_compile", compile_)
+    return calls
+
+
+def test_what_was_compiled_is_not_compiled_again(counted: list[list[str]], tmp_path: Path) -> None:
+    text = tmp_path / "text"
+
+    def lowered(content: str, chip: str = "Ascend910B1", flag: str = "-a") -> Any:
+        text.write_text(content)
+        return lowering._Compiler(tmp_path).lower(chip, str(text), [flag])
+
+    first = lowered("good")
+    assert first == lowered("good") == lowering._Lowered(read_program(STRUCTURED), True)
+    assert len(counted) == 1
+    lowered("better"), lowered("good", "Ascend910B4"), lowered("good", flag="-b"), lowered("good", "Ascend950PR_9589")
+    assert len(counted) == 5
+    assert lowered("bad") == lowered("bad") == "no"
+    assert len(counted) == 7
+    (tmp_path / "ascendnpuir" / "bin" / "bishengir-compile").write_text("another compiler")
+    lowered("good")
+    assert len(counted) == 8
+    for path in (tmp_path / "lowered").iterdir():
+        path.write_bytes(path.read_bytes()[:50])
+    assert lowered("good") == first
+    assert len(counted) == 9
 
 
 STRUCTURED = """\

@@ -26,7 +26,7 @@ data:
   options: {{file: events.csv, items_file: items.csv}}
 model: {{embedding_dim: 32, num_blocks: 2, num_heads: 2, attention_dim: 16, linear_dim: 16, max_seq_len: 32}}
 task: {{options: {{num_negatives: 16}}}}
-train: {{epochs: 3, batch_size: 32, log_every: 1, max_steps: 6, checkpoint_every: 1000}}
+train: {{epochs: 2, batch_size: 32, log_every: 1, max_steps: 4, checkpoint_every: 1000}}
 eval: {{every: 99, metrics: [ndcg@10]}}
 device: {{threads: 1}}
 parallel: {{timeout: 60}}
@@ -73,7 +73,7 @@ def measured(
 @pytest.mark.parametrize("name", CASES)
 def test_planned_bytes_are_those_of_a_run(config: Path, measured: tuple[int, Path], name: str) -> None:
     ranks, folder = measured
-    assert len(logged(folder / name)) == 6
+    assert len(logged(folder / name)) == 4
     settings = load_run_config(config, list(CASES[name]))
     facts, load = facts_of(settings), load_of(settings, ranks, None)
     for rank in range(ranks):

@@ -134,19 +134,25 @@ def run(path: Path, out: Path) -> dict[str, dict[str, Any]]:
     return {row["point"]: row for row in finished_rows(study, read_results(out / "results.jsonl"))}
 
 
-def test_a_rerun_and_a_resumed_point_have_the_same_bits(shop: Path, tmp_path: Path) -> None:
-    study = write_study(tmp_path, shop, only(STUDY))
-    (first,) = run(study, tmp_path / "a").values()
-    (again,) = run(study, tmp_path / "b").values()
+@pytest.fixture(scope="module")
+def trained(shop: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A study of one point, and the row of that."""
+    folder = tmp_path_factory.mktemp("trained")
+    study = write_study(folder, shop, only(STUDY))
+    (row,) = run(study, folder / "out").values()
+    return study, row
+
+
+def test_a_rerun_and_a_resumed_point_have_the_same_bits(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    study, first = trained
+    (again,) = run(study, tmp_path).values()
     assert measured(first) == measured(again)
 
-    out = tmp_path / "c"  # as if it had been killed after its first epoch
-    run(study, out)
-    folder = out / first["point"]
-    (out / "results.jsonl").unlink()
+    folder = tmp_path / first["point"]  # as if it had been killed after its first epoch
+    (tmp_path / "results.jsonl").unlink()
     (folder / "result.json").unlink()
     shutil.rmtree(folder / "checkpoints" / "step-8")
-    (resumed,) = run(study, out).values()
+    (resumed,) = run(study, tmp_path).values()
     assert "resumed from step 4" in (folder / "log.txt").read_text()
     assert measured(resumed) == measured(first)
 
@@ -175,12 +181,11 @@ def test_an_interrupted_sweep_ends_its_points_and_goes_on_later(shop: Path, tmp_
     assert "resumed from step" in (folder / "log.txt").read_text()
 
 
-def test_rows_alone_are_enough(shop: Path, tmp_path: Path) -> None:
-    study = write_study(tmp_path, shop, only(STUDY))
-    (first,) = run(study, tmp_path / "a").values()
-    write_row(tmp_path / "b" / "results.jsonl", first)
-    assert list(run(study, tmp_path / "b").values()) == [first]
-    assert [path.name for path in (tmp_path / "b").iterdir()] == ["results.jsonl"]
+def test_rows_alone_are_enough(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    study, first = trained
+    write_row(tmp_path / "results.jsonl", first)
+    assert list(run(study, tmp_path).values()) == [first]
+    assert [path.name for path in tmp_path.iterdir()] == ["results.jsonl"]
 
 
 def test_a_failing_point_stops_no_other(shop: Path, tmp_path: Path) -> None:

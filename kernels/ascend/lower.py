@@ -22,7 +22,7 @@ from typing import Any
 import npu_rec
 from npu_rec.device.profile import ASCEND_CHIPS
 from npu_rec.errors import DeviceError
-from npu_rec.kernels.ascend import tools
+from npu_rec.kernels.ascend import kept, tools
 from npu_rec.kernels.ascend.hivm import Program, read_program
 
 CHIPS = ("Ascend910B1", "Ascend910B4", "Ascend910_9391", "Ascend950PR_9589")
@@ -167,7 +167,7 @@ def _row(compiler: _Compiler, chip: str, launch: dict[str, Any]) -> Row:
 
 
 class _Compiler:
-    """`bishengir-compile`; the same text is compiled once."""
+    """`bishengir-compile`; the same text is compiled once, and in later runs not at all (kept.py)."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -176,29 +176,46 @@ class _Compiler:
 
     def lower(self, chip: str, text: str, flags: list[str]) -> _Lowered | str:
         """The kernel in the file `text` for a chip, or the compiler's reason why not."""
-        key = (chip, *flags, Path(text).read_text(encoding="utf-8"))
+        command = _command(chip, flags)
+        key = (*command, Path(text).read_text(encoding="utf-8"))
         with self._lock:
             known = self._done.get(key)
             future = self._done.setdefault(key, Future())
         if known is None:
             try:
-                future.set_result(_compile(self._folder, chip, Path(text), flags))
+                future.set_result(self._kept(key) or self._compiled(key, command, Path(text)))
             except BaseException as error:
                 future.set_exception(error)
         return future.result()
 
+    @staticmethod
+    def _kept(key: tuple[str, ...]) -> _Lowered | None:
+        found = kept.find(key)
+        return None if found is None else _Lowered(read_program(found["program"]), found["multi_buffered"])
 
-def _compile(folder: Path, chip: str, text: Path, flags: list[str]) -> _Lowered | str:
-    """The lowered kernel, or the first error of the compiler."""
-    work = text.with_suffix("")
-    work.mkdir()
+    def _compiled(self, key: tuple[str, ...], command: list[str], text: Path) -> _Lowered | str:
+        found = _compile(self._folder, command, text)
+        if isinstance(found, str):
+            return found
+        kept.keep(key, found)
+        return _Lowered(read_program(found["program"]), found["multi_buffered"])
+
+
+def _command(chip: str, flags: list[str]) -> list[str]:
+    """The compiler for a chip and its arguments, but for files."""
     a5 = "950" in chip
-    command = [
-        str(tools.compiler("-a5" if a5 else "")), str(text), f"--target={chip}", *flags,
+    return [
+        str(tools.compiler("-a5" if a5 else "")), f"--target={chip}", *flags,
         "--enable-hfusion-compile=true", "--enable-triton-kernel-compile=true",
         *([] if a5 else ["--enable-hivm-compile=true"]),
-        f"--save-temps={work}", "-o", str(work / "kernel.o"),
     ]  # fmt: skip
+
+
+def _compile(folder: Path, command: list[str], text: Path) -> dict[str, Any] | str:
+    """The text of the `program` and whether it is `multi_buffered`, or the first error of the compiler."""
+    work = text.with_suffix("")
+    work.mkdir()
+    command = [*command, str(text), f"--save-temps={work}", "-o", str(work / "kernel.o")]
     environment = {**os.environ, "PATH": os.pathsep.join([str(folder), os.environ.get("PATH", "")])}
     program = work / "module.hivm.opt.mlir"
     for _ in range(_ATTEMPTS):
@@ -213,5 +230,5 @@ def _compile(folder: Path, chip: str, text: Path, flags: list[str]) -> _Lowered 
         errors = (line.partition("error: ")[2] for line in reversed(messages) if "error: " in line)
         return f"bishengir-compile: {next(errors, f'exit status {done.returncode}')}"
     dropped = any("compilation then succeeded" in line and "auto-multi-buffer to false" in line for line in messages)
-    buffered = "--enable-auto-multi-buffer=True" in flags and not dropped
-    return _Lowered(read_program(program.read_text()), buffered)
+    buffered = "--enable-auto-multi-buffer=True" in command and not dropped
+    return {"program": program.read_text(encoding="utf-8"), "multi_buffered": buffered}
