@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import npu_rec
+from fake_npu.harness import commands_on_npu, needs_fake_npu
 from strategies import generator, normal, one_thread  # noqa: F401
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits, prelu
+from torch.nn.functional import binary_cross_entropy_with_logits
 from train_ranks import Job, column, logged, run_jobs, train_on_ranks, worst
 
 from npu_rec.config import Config, DataConfig, load_config
@@ -243,7 +244,7 @@ def test_din_weighs_every_event() -> None:
     for candidate, history in ((3, [0, 1, 2]), (4, [0, 1, 2]), (8, [5, 6, 7])):
         for event in history:
             unit = first @ torch.cat([x[event], x[candidate], x[event] * x[candidate]]) + model.of_candidate.bias
-            weight = model.weigh.weight @ prelu(unit, model.activation.weight) + model.weigh.bias
+            weight = model.weigh.weight @ torch.where(unit > 0, unit, model.slope * unit) + model.weigh.bias
             wanted[candidate] += weight * x[event]
     torch.testing.assert_close(model(x, layout), wanted)
 
@@ -376,6 +377,27 @@ def test_two_ranks_train_as_one(films: Path, tmp_path: Path) -> None:
         one, two = tmp_path / "1" / name, tmp_path / "2" / name
         assert worst(column(two, "loss"), column(one, "loss")) <= 1e-4
         assert logged(two, "test")[-1]["auc"] == pytest.approx(logged(one, "test")[-1]["auc"], abs=0.01)
+
+
+@needs_fake_npu
+def test_an_npu_trains_as_the_cpu(films: Path, tmp_path: Path) -> None:
+    """On the stand-in, in strict mode, with the same backends."""
+    same = ("hstu_attention=tiled", "norm_gate=reference", "embedding_lookup=reference", "dropout=reference")
+    common = ["train.max_steps=6", "train.log_every=1", *(f"ops.{backend}" for backend in same)]
+    cases = {
+        "merged": [*RANKED["merged"][:2], "task.options.item_features=[parity]", "task.options.head=mlp"],
+        "din": ["task.options.layout=merged", "model.backbone=din"],
+        "interleaved": ["task.options.actions=bits"],
+    }
+    for name, more in cases.items():
+        train(load_run_config(films, [*common, *more]), run_dir=tmp_path / "cpu" / name)
+    commands = {}
+    for name, more in cases.items():
+        sets = [part for option in (*common, *more, "device.backend=ascend") for part in ("--set", option)]
+        commands[name] = ["train", films, *sets, "--run-dir", tmp_path / "npu" / name]
+    commands_on_npu(commands, strict=True)
+    for name in cases:
+        assert worst(column(tmp_path / "npu" / name, "loss"), column(tmp_path / "cpu" / name, "loss")) <= 1e-5
 
 
 def test_no_recommendations(films: Path, tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ class DIN(Backbone):
         self.of_event = nn.Linear(width, hidden, bias=False)
         self.of_candidate = nn.Linear(width, hidden)
         self.of_product = nn.Linear(width, hidden, bias=False)
-        self.activation = nn.PReLU()
+        self.slope = nn.Parameter(torch.full((hidden,), 0.25))  # of the PReLU below zero
         self.weigh = nn.Linear(hidden, 1)
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
@@ -49,7 +49,7 @@ class DIN(Backbone):
         # W_1 of the four parts side by side is one map of the event, one of the candidate and one of their product
         of_events, of_candidates = self.of_event(x), self.of_candidate(x)
         unit = of_events[events] + of_candidates[candidates] + self.of_product(x[events] * x[candidates])
-        weighed = self.weigh(self.activation(unit)) * x[events]
+        weighed = self.weigh(unit.clamp_min(0) + self.slope * unit.clamp_max(0)) * x[events]
         return torch.zeros_like(x).index_add(0, candidates, weighed.to(x.dtype))
 
     def flops(self, lengths: Tensor) -> float:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits, mse_loss
+from torch.nn.functional import softplus
 
 from npu_rec.config import Config, EvalConfig
 from npu_rec.data import SequenceStore
@@ -121,9 +121,10 @@ class Ranking(Task):
         actions = batch.actions[batch.labelled]
         losses = logits.new_zeros(())
         for i, target in enumerate(self.options.targets):
-            labels = target.labels(actions).to(logits.dtype)
-            distance = binary_cross_entropy_with_logits if target.kind == "binary" else mse_loss
-            losses = losses + target.weight * distance(logits[:, i], labels, reduction="sum")
+            labels, scores = target.labels(actions).to(logits.dtype), logits[:, i]
+            # log(1 + e^s) - s y is the cross-entropy of the logit s
+            each = softplus(scores) - scores * labels if target.kind == "binary" else (scores - labels).square()
+            losses = losses + target.weight * each.sum()
         return losses, losses.new_tensor(float(actions.shape[0]))
 
     def _logits(self, batch: LabelledBatch, vectors: Tensor, chosen: Tensor, epoch: int | None) -> Tensor:
