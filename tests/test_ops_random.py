@@ -14,9 +14,11 @@ from strategies import (
 )
 from torch import Tensor
 
+from npu_rec.ops.compiled import extension, unusable
 from npu_rec.ops.random import (
     dropout,
     dropout_scale,
+    plain_random_integers,
     random_bits,
     random_integers,
     random_key,
@@ -163,6 +165,7 @@ def test_draws_are_pinned() -> None:
     assert random_bits(keys, 4).tolist() == GOLDEN_BITS
     assert (random_uniform(keys, 3) * 2**24).tolist() == GOLDEN_UNIFORM  # odd numbers
     assert random_integers(keys, 4, 3706).tolist() == GOLDEN_INTEGERS
+    assert plain_random_integers(keys, 4, 3706).tolist() == GOLDEN_INTEGERS
     assert (dropout_scale(keys, 12, 0.2) > 0).int().tolist() == GOLDEN_KEPT
     # the inverse error function may round otherwise elsewhere
     torch.testing.assert_close(
@@ -349,3 +352,15 @@ def test_dropout_follows_the_token_and_is_off_without_keys() -> None:
     assert dropout(x.bfloat16(), 0.5, keys).dtype == torch.bfloat16
     assert dropout(x, 0.5, None) is x
     assert dropout(x, 0.0, keys) is x
+
+
+@pytest.mark.skipif(unusable() is not None, reason=str(unusable()))
+@pytest.mark.parametrize("isa", [] if unusable() is not None else extension().instruction_sets())
+@pytest.mark.parametrize("count", [0, 1, 7, 16, 37, 128])
+def test_compiled_integers_are_the_plain_ones(isa: str, count: int) -> None:
+    keys = keys_of(60).view(3, 20)
+    keys[0, :4] = torch.tensor([0, -1, 2**63 - 1, -(2**63)])
+    for some in (keys, keys.t(), keys[:0], keys[0, 0]):
+        for high in (1, 3706, 2**31 - 1):
+            found = extension().random_integers(some, count, high, isa)
+            assert torch.equal(found, plain_random_integers(some, count, high))

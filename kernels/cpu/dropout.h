@@ -10,11 +10,16 @@ inline vu mix(vu z) {  // _mix32
   return z ^ z >> 16;
 }
 
+// random_bits of `place` and those after it.
+inline vu random_bits(uint64_t key, int64_t place) {
+  constexpr uint32_t STEP = 0x9E3779B9;
+  const vu index = reinterpret_cast<vu>(LANES) * STEP + (uint32_t(place) * STEP + uint32_t(key));
+  return mix(mix(index) ^ uint32_t(key >> 32));
+}
+
 // Multipliers of `channel` and those after it, for the token of this key.
 inline vf dropout_scale(uint64_t key, int64_t channel, int32_t largest_dropped, float scale) {
-  constexpr uint32_t STEP = 0x9E3779B9;
-  const vu index = reinterpret_cast<vu>(LANES) * STEP + (uint32_t(channel) * STEP + uint32_t(key));
-  const vu bits = mix(mix(index) ^ uint32_t(key >> 32));
+  const vu bits = random_bits(key, channel);
   return select(reinterpret_cast<vi>(bits & 0x7FFFFFFF) > largest_dropped, splat(scale), vf{});
 }
 

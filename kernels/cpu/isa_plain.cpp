@@ -5,6 +5,7 @@
 #include "embedding_rows.inc"
 #include "hstu_attention_head.inc"
 #include "norm_gate_rows.inc"
+#include "random_rows.inc"
 #include "rms_norm_rows.inc"
 #include "rotary_rows.inc"
 #include "sampled_softmax_tokens.inc"
@@ -15,6 +16,7 @@ namespace npu_rec {
 Kernels kernels_plain() {
   using namespace plain;
   return {{hstu_forward, hstu_backward, hstu_scratch}, {softmax_forward, softmax_backward, softmax_scratch},
-          token_losses, token_gradients, norm_gate, dropout, rms_norm, swiglu, rotary, row_gradients, update_rows, 4};
+          token_losses, token_gradients, norm_gate, dropout, random_integers, rms_norm, swiglu, rotary, row_gradients,
+          update_rows, 4};
 }
 }  // namespace npu_rec

@@ -146,6 +146,14 @@ struct RowsTask {
   float lr, beta1, rest1, beta2, rest2, correction2, eps, max_norm;
 };
 
+struct RandomTask {
+  const int64_t* keys;
+  int64_t* out;  // [T, width], below `high`, which is at most 2^31
+  int64_t width;
+  uint64_t high;
+  int64_t begin, end;
+};
+
 struct AttentionKernels {
   void (*forward)(const HeadTask&);
   void (*backward)(const HeadTask&);
@@ -158,6 +166,7 @@ struct Kernels {
   void (*token_gradients)(const TokensTask&);
   void (*norm_gate)(const GateTask&);
   void (*dropout)(const DropoutTask&);
+  void (*random_integers)(const RandomTask&);
   void (*rms_norm)(const RMSNormTask&);
   void (*swiglu)(const SwiGLUTask&);
   void (*rotary)(const RotaryTask&);

@@ -19,6 +19,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("norm_gate_forward", &npu_rec::norm_gate_forward, release());
   m.def("norm_gate_backward", &npu_rec::norm_gate_backward, release());
   m.def("dropout_forward", &npu_rec::dropout_forward, release());
+  m.def("random_integers", &npu_rec::random_integers, release());
   m.def("rms_norm_forward", &npu_rec::rms_norm_forward, release());
   m.def("rms_norm_backward", &npu_rec::rms_norm_backward, release());
   m.def("swiglu_forward", &npu_rec::swiglu_forward, release());

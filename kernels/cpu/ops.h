@@ -85,6 +85,9 @@ std::vector<Tensor> norm_gate_backward(
 Tensor dropout_forward(
     const Tensor& x, const Tensor& keys, int64_t largest_dropped, double scale, const std::string& isa);
 
+// `[..., count]` int64 of keys `[...]`, as npu_rec.ops.random.random_integers; `high` is below 2^31.
+Tensor random_integers(const Tensor& keys, int64_t count, int64_t high, const std::string& isa);
+
 // Arguments as in npu_rec.ops.rms_norm.
 Tensor rms_norm_forward(const Tensor& x, const Tensor& weight, double eps, const std::string& isa);
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from npu_rec.ops.compiled import extension, instruction_set, unusable
+
 _PURPOSES = {
     "dropout": 1, "negatives": 2, "rows": 3, "shuffle": 4, "data": 5, "owner": 6, "admission": 7, "length": 8,
     "events": 9, "fraction": 10, "contrast": 11, "views": 12,
@@ -99,11 +101,29 @@ def random_integers(keys: Tensor, count: int, high: int) -> Tensor:
     if not 1 <= high < 2**61:
         raise ValueError(f"high must be in 1..2^61 - 1, got {high}")
     if high < 2**31:
-        bits = random_bits(keys, count).to(torch.int64) & 0xFFFFFFFF
-        return (bits * high) >> 32
+        if keys.device.type == "cpu" and unusable() is None:
+            return torch.ops.npu_rec.random_integers(keys, count, high)  # type: ignore[no-any-return]
+        return plain_random_integers(keys, count, high)
     upper, lower = (random_bits(keys, 2 * count).to(torch.int64) & 0x7FFFFFFF).unflatten(-1, (count, 2)).unbind(-1)
     drawn: Tensor = ((upper << 31) | lower) % high
     return drawn
+
+
+def plain_random_integers(keys: Tensor, count: int, high: int) -> Tensor:
+    """`random_integers` for high below 2^31, in plain PyTorch."""
+    bits = random_bits(keys, count).to(torch.int64) & 0xFFFFFFFF
+    return (bits * high) >> 32
+
+
+@torch.library.custom_op("npu_rec::random_integers", mutates_args=(), device_types="cpu")
+def _compiled_integers(keys: Tensor, count: int, high: int) -> Tensor:
+    drawn: Tensor = extension().random_integers(keys, count, high, instruction_set())
+    return drawn
+
+
+@_compiled_integers.register_fake
+def _(keys: Tensor, count: int, high: int) -> Tensor:
+    return keys.new_empty((*keys.shape, count))
 
 
 def random_truncated_normal(keys: Tensor, count: int, std: float) -> Tensor:
