@@ -87,6 +87,7 @@ def resolve(config: Config) -> Config:
     import_extensions(config.imports)
     for kind in ("data", "model", "task"):
         getattr(config, kind).options = options_of(config, kind).model_dump(mode="json")
+    lookup("task", config.task.name).target.check_metrics(config.eval)
     return config
 
 

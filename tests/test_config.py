@@ -154,9 +154,9 @@ def test_a_number_may_be_written_with_an_exponent(number: str) -> None:
 
 
 def test_unregistered_names_are_refused_with_the_nearest() -> None:
-    known = "gpt, hstu, llama, sasrec"
+    known = "din, gpt, hstu, llama, sasrec"
     assert refusal("model.backbone=hst") == f"no backbone is registered as 'hst'; did you mean 'hstu'? (known: {known})"
-    assert refusal("task.name=qqq") == "no task is registered as 'qqq' (known: retrieval)"
+    assert refusal("task.name=qqq") == "no task is registered as 'qqq' (known: ranking, retrieval)"
     assert "did you mean 'ml-100k'?" in refusal("data.name=ml-100")
     assert "did you mean 'ndcg'?" in refusal("eval.metrics=[ndgc@10]", "eval.select=ndgc@10")
     assert "imports: no_such_module: cannot be imported: ModuleNotFoundError" in refusal("imports=[no_such_module]")

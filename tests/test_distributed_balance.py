@@ -18,7 +18,7 @@ from test_tasks_retrieval import batch_of, config_of, facts, gradients, task_of
 
 from npu_rec.bench.balance import of_lengths
 from npu_rec.data.loader import Share, TrainLoader, in_order
-from npu_rec.data.splits import Split, leave_one_out
+from npu_rec.data.splits import LeaveOneOut, Split, leave_one_out
 from npu_rec.device import get_device
 from npu_rec.distributed.balance import SequenceCost, assign, imbalance
 from npu_rec.tasks import build_task
@@ -95,7 +95,7 @@ def test_imbalance_is_the_largest_over_the_mean() -> None:
 def split_of(lengths: np.ndarray) -> Split:
     """A split of which nothing but the lengths is read."""
     starts = np.zeros_like(lengths)
-    return Split(None, np.arange(len(lengths)), starts, lengths + 1, "train")  # type: ignore[arg-type]
+    return LeaveOneOut(None, np.arange(len(lengths)), starts, lengths + 1, "train")  # type: ignore[arg-type]
 
 
 def estimates(split: Split, share: Share, ranks: int = 8) -> list[float]:

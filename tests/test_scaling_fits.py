@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from npu_rec.data.splits import Split
+from npu_rec.data.splits import LeaveOneOut
 from npu_rec.errors import ConfigError
 from npu_rec.scaling.entropy import approximate_entropy, mean_entropy
 from npu_rec.scaling.fits import Array, Form, fit, held_out_largest
@@ -140,7 +140,7 @@ class _Store:
 def test_entropy_is_the_mean_over_the_last_items_of_users() -> None:
     users = [[9, 9, 9, *range(50)], [1, 2] * 25, [1, 2]]
     stops = np.array([len(user) for user in users])
-    split = Split(_Store(users), np.arange(3), np.zeros(3, dtype=np.int64), stops, "train")  # type: ignore[arg-type]
+    split = LeaveOneOut(_Store(users), np.arange(3), np.zeros(3, dtype=np.int64), stops, "train")  # type: ignore[arg-type]
     assert mean_entropy(split, last=50) == pytest.approx((math.log(49 / 48) + 2.08261e-4) / 2, rel=1e-5)
 
 

@@ -58,6 +58,7 @@ def ranking(backbone: str = "hstu", *, features: Features | None = None, seed: i
             "linear_dim": 4, "max_seq_len": 12, "max_output_len": 4,
         },
         task={"name": "ranking", "options": {"targets": [{"name": "like", "at_least": 4}], **options}},  # type: ignore[arg-type]
+        eval={"protocol": "time", "metrics": ["auc"], "select": "auc"},  # type: ignore[arg-type]
     )  # fmt: skip
     facts = DataFacts(ITEMS, range(1, ITEMS + 1), None, True, num_actions=ACTIONS, features=features or Features())
     task = build_task(resolve(config), facts).double().eval()

@@ -26,7 +26,6 @@ def load_run_config(path: str | Path, overrides: list[str] | None = None) -> Con
     for name, backend in config.ops.model_dump().items():
         if backend != "auto":
             OPERATORS[name].find(backend)
-    lookup("task", config.task.name).target.check_metrics(config.eval)
     return config
 
 
