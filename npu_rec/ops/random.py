@@ -101,7 +101,7 @@ def random_integers(keys: Tensor, count: int, high: int) -> Tensor:
     if not 1 <= high < 2**61:
         raise ValueError(f"high must be in 1..2^61 - 1, got {high}")
     if high < 2**31:
-        if keys.device.type == "cpu" and unusable() is None:
+        if keys.device.type == "cpu":
             return torch.ops.npu_rec.random_integers(keys, count, high)  # type: ignore[no-any-return]
         return plain_random_integers(keys, count, high)
     upper, lower = (random_bits(keys, 2 * count).to(torch.int64) & 0x7FFFFFFF).unflatten(-1, (count, 2)).unbind(-1)
@@ -116,12 +116,14 @@ def plain_random_integers(keys: Tensor, count: int, high: int) -> Tensor:
 
 
 @torch.library.custom_op("npu_rec::random_integers", mutates_args=(), device_types="cpu")
-def _compiled_integers(keys: Tensor, count: int, high: int) -> Tensor:
+def _integers_on_cpu(keys: Tensor, count: int, high: int) -> Tensor:
+    if unusable() is not None:
+        return plain_random_integers(keys, count, high)
     drawn: Tensor = extension().random_integers(keys, count, high, instruction_set())
     return drawn
 
 
-@_compiled_integers.register_fake
+@_integers_on_cpu.register_fake
 def _(keys: Tensor, count: int, high: int) -> Tensor:
     return keys.new_empty((*keys.shape, count))
 
