@@ -448,7 +448,7 @@ def test_flash_attention_on_a_card(dtype: torch.dtype, window: int) -> None:
 @pytest.mark.parametrize(
     ("more", "reason"),
     [
-        ({"position_weight": torch.zeros(15)}, "takes no bias"),
+        ({"position_weight": torch.zeros(15)}, "takes no bias for packed sequences"),
         ({"dropout": 0.1, "dropout_keys": torch.arange(8)}, "its dropout is not drawn from keys"),
         ({"num_targets": torch.tensor([1, 0])}, "has no mask of targets and contextual tokens"),
         ({"rule": MaskRule(contextual_seq_len=1)}, "has no mask of targets and contextual tokens"),

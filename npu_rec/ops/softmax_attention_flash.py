@@ -33,20 +33,10 @@ def card_refused(tensor: Tensor) -> str | None:
 
 def supports(request: SoftmaxAttentionRequest) -> str | None:
     """float16 and bfloat16; causal, with a window or without, or no mask at all."""
-    rule = request.rule
-    reason = card_refused(request.q)
-    if reason is not None:
-        return reason
-    if request.position_weight is not None:
-        return "takes no bias"
-    if request.drops:
-        return "its dropout is not drawn from keys"
-    if request.num_targets is not None or rule.contextual_seq_len > 0:
-        return "has no mask of targets and contextual tokens"
-    if rule.max_attn_len > 0 and (not rule.causal or rule.min_full_attn_seq_len > 0):
-        return "a local window is causal and the same for all rows"
     return (
-        dtype_refused((torch.float16, torch.bfloat16), request.q)
+        card_refused(request.q)
+        or request.beyond_packed_attention()
+        or dtype_refused((torch.float16, torch.bfloat16), request.q)
         or outside("the batch", request.offsets.shape[0] - 1, 1, 2**31 - 1)
         or outside("T", request.q.shape[0], 1, 2**31 - 1)
         or outside("the head width", max(request.q.shape[2], request.v.shape[2]), 1, WIDEST)

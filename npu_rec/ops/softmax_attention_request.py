@@ -52,6 +52,19 @@ class SoftmaxAttentionRequest:
         if self.num_targets is not None and bool(((self.num_targets < 0) | (self.num_targets > lengths)).any()):
             raise ValueError("num_targets must be between 0 and the length of each sequence")
 
+    def beyond_packed_attention(self) -> str | None:
+        """What of the request the fused packed attention of PyTorch and of torch_npu lacks, or None."""
+        rule = self.rule
+        if self.position_weight is not None:
+            return "takes no bias for packed sequences"
+        if self.drops:
+            return "its dropout is not drawn from keys"
+        if self.num_targets is not None or rule.contextual_seq_len > 0:
+            return "has no mask of targets and contextual tokens"
+        if rule.max_attn_len > 0 and (not rule.causal or rule.min_full_attn_seq_len > 0):
+            return "a local window is causal and the same for all rows"
+        return None
+
     @property
     def alpha(self) -> float:
         """The scale, by the name it has in HSTU's attention."""

@@ -60,20 +60,11 @@ COMPRESSED = 2048  # rows and columns of the matrix that a pattern is given as
 
 def supports(request: SoftmaxAttentionRequest) -> str | None:
     """float32, float16 and bfloat16; causal, with a window or without, or no mask at all."""
-    rule = request.rule
-    reason = FORWARD.unusable(request.q) or BACKWARD.unusable(request.q)
-    if reason is not None:
-        return reason
-    if request.position_weight is not None:
-        return "takes no bias for packed sequences"
-    if request.drops:
-        return "its dropout is not drawn from keys"
-    if request.num_targets is not None or rule.contextual_seq_len > 0:
-        return "has no mask of targets and contextual tokens"
-    if rule.max_attn_len > 0 and (not rule.causal or rule.min_full_attn_seq_len > 0):
-        return "a local window is causal and the same for all rows"
     return (
-        dtype_refused((torch.float32, torch.float16, torch.bfloat16), request.q)
+        FORWARD.unusable(request.q)
+        or BACKWARD.unusable(request.q)
+        or request.beyond_packed_attention()
+        or dtype_refused((torch.float32, torch.float16, torch.bfloat16), request.q)
         or outside("the batch", request.offsets.shape[0] - 1, 1, MOST_SEQUENCES)
         or outside("T", request.q.shape[0], 1, MOST_TOKENS)
         or outside("the number of heads", request.q.shape[1], 1, 256)
