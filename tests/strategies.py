@@ -47,7 +47,7 @@ def backends(operator: str, *, but: str = "", interpreted: bool = True) -> list[
     """The registered backends of an operator, except `but` and, on request, those that an interpreter would run.
 
     The vendor's operators need their card: without one, stand-ins are tested (test_ops_vendor_*.py). FlashAttention
-    knows 16 bits alone (test_ops_softmax_attention.py).
+    knows 16 bits alone (test_ops_softmax_attention_packed.py).
     """
     there = ("flash",) if torch.accelerator.is_available() else ("flash", "vendor")
     found = (b for b in OPERATORS[operator].backends if b.name not in there)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from npu_rec.scaling.analysis import laws, quantity, surfaces
+from npu_rec.scaling.groups import curves, numeric_settings
 from npu_rec.scaling.report import write_report
 from npu_rec.scaling.study import Study, load_study
 
@@ -97,3 +98,48 @@ def test_few_points_make_a_report_without_laws(study: Study, tmp_path: Path) -> 
     write_report(study, planted_rows()[:1], tmp_path)
     assert "Too few points" in (tmp_path / "report.html").read_text()
     assert write_report(study, [], tmp_path).laws == []
+
+
+def seeded_rows(seeds: tuple[int, ...] = (1, 2)) -> list[dict[str, Any]]:
+    """Two backbones of 1 to 8 blocks on one amount of data; NDCG is blocks / 100 + seed / 1000."""
+    rows = []
+    for row in planted_rows():
+        if row["tokens"] == 20_000 and row["width"] == 32:
+            for seed in seeds:
+                own = row | {"point": f"{row['point']}_{seed}"}
+                own["settings"] = {
+                    "model.backbone": row["backbone"], "model.num_blocks": row["blocks"], "train.seed": seed,
+                }  # fmt: skip
+                own["metrics"] = {"test": {"ndcg@10": row["blocks"] / 100 + seed / 1000}}
+                rows.append(own)
+    return rows
+
+
+def test_means_over_the_seeds(study: Study, tmp_path: Path) -> None:
+    write_report(study, seeded_rows(), tmp_path)
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    assert "| setting | seeds | test/ndcg@10 |" in lines
+    assert "| llama, num_blocks 4 | 2 | 0.0415 ± 0.0007 |" in lines
+    assert len(lines) == 2 + 16 + 1 + 2 + 8
+    assert "0.0415 ± 0.0007" in (tmp_path / "report.html").read_text()
+
+
+def test_what_the_grid_varies_is_drawn(study: Study, tmp_path: Path) -> None:
+    rows = seeded_rows()
+    write_report(study, rows, tmp_path)
+    assert {path.stem for path in (tmp_path / "plots").iterdir()} == {
+        "num_blocks", "settings", "parameters", "compute",
+    }  # fmt: skip
+    assert list(curves(rows, "model.num_blocks")) == ["hstu", "llama"]
+    four = curves(rows[::-1], "model.num_blocks")["llama"][2]
+    assert four.settings["model.num_blocks"] == 4
+    assert four.values("test/ndcg@10") == pytest.approx([0.042, 0.041])
+    assert numeric_settings(rows) == ["model.num_blocks"]
+
+
+def test_variants_of_one_size_make_no_law() -> None:
+    rows = seeded_rows((1,))
+    assert {law.kind for law in laws(rows, ["test/ndcg@10"])} == {"parameters", "compute"}
+    for i, row in enumerate(rows):
+        row["parameters"] = 10_000 + 100 * i
+    assert laws(rows, ["test/ndcg@10"]) == []

@@ -15,6 +15,8 @@ from npu_rec.scaling.results import Row, value_of
 VARIABLES = {"parameters": "parameters", "flops": "compute", "tokens": "data"}
 """Key of a row -> what laws call it."""
 BOOTSTRAP = 500
+SPAN = 2.0
+"""Sizes, of the model or of the data, that a law needs: variants of one size make none."""
 
 
 @dataclass(frozen=True)
@@ -127,10 +129,13 @@ def _largest_model(rows: list[Row]) -> list[Row]:
 
 
 def _law(backbone: str, target: str, kind: str, form: Form, rows: list[Row]) -> Law | None:
-    """None where the variables take fewer values than the form has numbers for each, plus one."""
+    """None where the variables take fewer values than the form has numbers for each, plus one, or hardly differ."""
     x = columns(rows)
     needed = 3 + (form.floor and len(form.variables) == 1)
     if len(rows) < form.size + 2 or any(len(np.unique(x[name])) < needed for name in form.variables):
+        return None
+    sizes = [x["parameters" if name == "compute" else name] for name in form.variables]
+    if any(size.max() < SPAN * size.min() for size in sizes):
         return None
     y = quantity(target, rows)
     try:

@@ -1,4 +1,4 @@
-"""Plots of a study: a target against parameters, compute and data on log axes."""
+"""Plots of a study: a target against parameters, compute and data with the laws, and against what the grid varies."""
 
 from __future__ import annotations
 
@@ -10,16 +10,19 @@ import matplotlib
 import numpy as np
 
 from npu_rec.scaling.analysis import VARIABLES, Law, backbones_of, columns, is_loss, quantity, rows_with
+from npu_rec.scaling.groups import SEED, Group, curves, groups, numeric_settings
 from npu_rec.scaling.results import Row, value_of
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, StrMethodFormatter
+from matplotlib.ticker import EngFormatter, FixedLocator, LogLocator, NullFormatter, NullLocator, StrMethodFormatter
 
 # Okabe and Ito, Color Universal Design (2008): told apart under every common colour-blindness; shapes as well
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 SHAPES = ("o", "s", "^", "D", "v", "P", "X")
+MOST_SETTINGS = 40
 LABELS = {
     "parameters": "parameters outside the embedding tables",
     "compute": "floating-point operations of training",
@@ -28,23 +31,37 @@ LABELS = {
 
 
 def draw(rows: list[Row], laws: list[Law], targets: list[str], folder: Path) -> dict[str, Path]:
-    """Write `<variable>.png` and `.svg` for each variable that varies; returns variable -> SVG."""
+    """Write a `.png` and a `.svg` for each setting and each variable that varies; returns title -> SVG.
+
+    A setting of the grid is drawn where it takes three numbers or more and everything else makes seven curves at most;
+    where the seed is in the grid, the means over it of every setting are drawn, up to forty.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.*"):
-        if old.stem in LABELS and old.suffix in (".png", ".svg"):
+        if old.suffix in (".png", ".svg"):
             old.unlink()
-    written = {}
     shown = [target for target in targets if any(value_of(row, target) is not None for row in rows)]
+    if not shown:
+        return {}
+    written = {}
+    for setting in numeric_settings(rows):
+        if len(curves(rows, setting)) <= len(COLOURS):
+            name = setting.rpartition(".")[2]
+            written[name] = _write(_settings_figure(rows, shown, setting), folder / name)
+    if 1 < len(groups(rows)) <= MOST_SETTINGS and any(SEED in row["settings"] for row in rows):
+        written["settings"] = _write(_groups_figure(groups(rows), shown), folder / "settings")
     for variable in VARIABLES.values():
-        if not shown or len(np.unique(columns(rows)[variable])) < 2:
-            continue
-        figure = _figure(rows, laws, shown, variable)
-        with plt.rc_context({"svg.hashsalt": "npu-rec"}):  # the same points make the same file
-            _save(figure, folder / f"{variable}.svg")
-            _save(figure, folder / f"{variable}.png")
-        plt.close(figure)
-        written[variable] = folder / f"{variable}.svg"
+        if len(np.unique(columns(rows)[variable])) >= 2:
+            written[LABELS[variable]] = _write(_laws_figure(rows, laws, shown, variable), folder / variable)
     return written
+
+
+def _write(figure: Figure, path: Path) -> Path:
+    with plt.rc_context({"svg.hashsalt": "npu-rec"}):  # the same points make the same file
+        _save(figure, path.with_suffix(".svg"))
+        _save(figure, path.with_suffix(".png"))
+    plt.close(figure)
+    return path.with_suffix(".svg")
 
 
 def _save(figure: Figure, path: Path) -> None:
@@ -54,14 +71,65 @@ def _save(figure: Figure, path: Path) -> None:
     path.write_bytes(buffer.getvalue())
 
 
-def _figure(rows: list[Row], laws: list[Law], targets: list[str], variable: str) -> Figure:
+def _axes(targets: list[str], height: float = 3.8) -> tuple[Figure, list[Axes]]:
     figure, axes = plt.subplots(
-        1, len(targets), figsize=(4.4 * len(targets), 3.8), constrained_layout=True, squeeze=False
+        1, len(targets), figsize=(4.4 * len(targets), height), constrained_layout=True, squeeze=False
     )
     for axis, target in zip(axes[0], targets, strict=True):
+        axis.set_title(target, fontsize=10)
+        axis.tick_params(labelsize=8, which="both")
+        axis.grid(alpha=0.25, which="major")
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, list(axes[0])
+
+
+def _settings_figure(rows: list[Row], targets: list[str], setting: str) -> Figure:
+    """Means over the seeds, with the smallest and the largest."""
+    figure, axes = _axes(targets)
+    drawn = curves(rows, setting)
+    for axis, target in zip(axes, targets, strict=True):
+        ticks = set()
+        for colour, shape, label in _styles(list(drawn)):
+            own = [(float(group.settings[setting]), group.values(target)) for group in drawn[label]]
+            own = [(x, values) for x, values in own if values]
+            x, means = [x for x, _ in own], [float(np.mean(values)) for _, values in own]
+            axis.vlines(x, [min(values) for _, values in own], [max(values) for _, values in own], color=colour, lw=1)
+            axis.plot(x, means, marker=shape, label=label, color=colour, lw=1.4, ms=6, mec="white", mew=0.6)
+            ticks |= set(x)
+        if min(ticks, default=1.0) > 0:
+            axis.set_xscale("log")
+        axis.xaxis.set_major_locator(FixedLocator(sorted(ticks)))
+        axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.set_xlabel(setting.rpartition(".")[2], fontsize=9)
+    axes[0].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _groups_figure(drawn: list[Group], targets: list[str]) -> Figure:
+    """Every seed and the mean, a line a setting, the first at the top with a rule through its mean."""
+    figure, axes = _axes(targets, 0.6 + 0.28 * len(drawn))
+    for axis, target in zip(axes, targets, strict=True):
+        for place, group in enumerate(drawn):
+            values = group.values(target)
+            if not values:
+                continue
+            mean = float(np.mean(values))
+            axis.plot(values, [place] * len(values), "o", ms=4, color=COLOURS[0], alpha=0.45, mew=0)
+            axis.plot(mean, place, "|", ms=11, mew=2, color=COLOURS[0] if place else COLOURS[1])
+            if place == 0:
+                axis.axvline(mean, color=COLOURS[1], lw=0.8, ls=":")
+        axis.set_yticks(range(len(drawn)), [group.label for group in drawn] if axis is axes[0] else [])
+        axis.set_ylim(len(drawn) - 0.5, -0.5)
+    return figure
+
+
+def _laws_figure(rows: list[Row], laws: list[Law], targets: list[str], variable: str) -> Figure:
+    figure, axes = _axes(targets)
+    for axis, target in zip(axes, targets, strict=True):
         axis.set_xscale("log")
         axis.set_yscale("log")
-        for colour, shape, backbone in _styles(rows):
+        for colour, shape, backbone in _styles(backbones_of(rows)):
             own = rows_with(rows, target, backbone)
             x = columns(own)[variable]
             y = quantity(target, own)
@@ -75,21 +143,22 @@ def _figure(rows: list[Row], laws: list[Law], targets: list[str], variable: str)
         axis.set_xlabel(LABELS[variable], fontsize=9)
         axis.set_title(target if is_loss(target) else f"1 - {target}", fontsize=10)
         plain = StrMethodFormatter("{x:.3g}")
-        low, high = axis.get_ylim()
+        lowest, highest = axis.get_ylim()
         axis.yaxis.set_major_formatter(plain)
-        axis.yaxis.set_minor_formatter(plain if high < 12 * low else NullFormatter())
+        axis.yaxis.set_minor_formatter(plain if highest < 12 * lowest else NullFormatter())
+        lowest, highest = axis.get_xlim()
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if highest < 200 * lowest else (1,)))
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
         axis.xaxis.set_minor_formatter(NullFormatter())
-        axis.tick_params(labelsize=8, which="both")
-        axis.grid(alpha=0.25, which="major")
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0][0].legend(frameon=False, fontsize=8)
+    axes[0].legend(frameon=False, fontsize=8)
     return figure
 
 
-def _styles(rows: list[Row]) -> Iterator[tuple[str, str, str]]:
-    """Colour, shape and backbone; a backbone's place does not depend on which of the others were measured."""
+def _styles(names: list[str]) -> Iterator[tuple[str, str, str]]:
+    """Colour, shape and name; a backbone's place does not depend on which of the others were measured."""
     known = ["hstu", "llama", "gpt", "sasrec"]
-    others = [name for name in backbones_of(rows) if name not in known]
-    for place, name in enumerate([*known, *others]):
-        if name in backbones_of(rows):
+    if not set(known) & set(names):
+        known = []
+    for place, name in enumerate([*known, *(name for name in names if name not in known)]):
+        if name in names:
             yield COLOURS[place % len(COLOURS)], SHAPES[place % len(SHAPES)], name

@@ -5,12 +5,14 @@ from __future__ import annotations
 import base64
 import html
 import json
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from npu_rec.scaling.analysis import Law, Surface, as_documents, laws, surfaces
-from npu_rec.scaling.plots import LABELS, draw
+from npu_rec.scaling.groups import SEED, groups
+from npu_rec.scaling.plots import draw
 from npu_rec.scaling.results import Row, value_of
 from npu_rec.scaling.study import Study
 
@@ -48,14 +50,17 @@ def write_report(study: Study, rows: list[Row], out: Path) -> Report:
     found, performance = laws(rows, targets), surfaces(rows, targets)
     images = draw(rows, found, targets, out / "plots") if rows else {}
     points = points_table(rows, targets)
-    (out / "table.md").write_text(_markdown(points), encoding="utf-8")
+    means = seeds_table(rows, targets) if any(SEED in row["settings"] for row in rows) else None
+    (out / "table.md").write_text(
+        _markdown(points) + ("" if means is None else f"\n{_markdown(means)}"), encoding="utf-8"
+    )
     (out / "fits.json").write_text(json.dumps(as_documents(found, performance), indent=1), encoding="utf-8")
     name = html.escape(study.config.name)
     parts = [
         f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{name}</title><style>{_STYLE}</style>",
         f"<h1>{name}</h1><p class='muted'>{len(rows)} of {len(study.points)} points are finished, with "
         f"{study.config.threads} CPU threads each</p>",
-        *(_image(LABELS[variable], path) for variable, path in images.items()),
+        *(_image(title, path) for title, path in images.items()),
         "<h2>Laws</h2><p>Fitted to the loss, and to 1 minus a metric, in log space with a Huber loss; in brackets "
         "95 % intervals of a residual bootstrap. Data are the training events of an epoch.</p>",
         _html(laws_table(found)) if found else "<p>Too few points differ for a law.</p>",
@@ -69,6 +74,8 @@ def write_report(study: Study, rows: list[Row], out: Path) -> Report:
             "the published texts state both.</p>",
             _html(surfaces_table(performance)),
         ]
+    if means is not None:
+        parts += ["<h2>Means over the seeds</h2><p>With the standard deviation of a seed.</p>", _html(means)]
     parts += ["<h2>Points</h2>", _html(points), "</html>"]
     (out / "report.html").write_text("\n".join(parts), encoding="utf-8")
     return Report(out / "report.html", found, performance)
@@ -89,6 +96,22 @@ def points_table(rows: list[Row], targets: list[str]) -> Table:
             ]
         )  # fmt: skip
     return ["point", *counts, *shown], cells
+
+
+def seeds_table(rows: list[Row], targets: list[str]) -> Table:
+    """A row for the seeds of one setting: mean, and the standard deviation where there are two or more."""
+    shown = [target for target in targets if any(value_of(row, target) is not None for row in rows)]
+    cells = []
+    for group in groups(rows):
+        measured = [group.values(target) for target in shown]
+        cells.append([group.label or "all", str(len(group.rows)), *(_mean(values) for values in measured)])
+    return ["setting", "seeds", *shown], cells
+
+
+def _mean(values: list[float]) -> str:
+    if len(values) < 2:
+        return "".join(f"{value:.4f}" for value in values)
+    return f"{statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}"
 
 
 def laws_table(found: list[Law]) -> Table:

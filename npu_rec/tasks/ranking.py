@@ -19,14 +19,13 @@ from npu_rec.distributed.world import ALONE
 from npu_rec.errors import ConfigError
 from npu_rec.evaluation.predictions import BINARY, LOWER_IS_BETTER, prediction_metric
 from npu_rec.models.actions import ActionEncoder
-from npu_rec.models.encoder import SequenceEncoder
 from npu_rec.models.features import FeatureTable, SideInformation
 from npu_rec.models.heads import Head
 from npu_rec.ops.random import random_key
-from npu_rec.registry import lookup, options_of, register
+from npu_rec.registry import lookup, register
 from npu_rec.tasks.arrangement import arrange
 from npu_rec.tasks.ranking_options import RankingOptions, Target
-from npu_rec.tasks.task import DataFacts, Prepared, Task, check_backbone
+from npu_rec.tasks.task import DataFacts, Prepared, Task, build_encoder
 
 
 @register("task", "ranking", options=RankingOptions)
@@ -45,20 +44,9 @@ class Ranking(Task):
                 f"task.options.candidates: {options.candidates} do not fit in the {config.model.max_output_len} places "
                 "of model.max_output_len"
             )
-        check_backbone(config, candidates=not self.interleaved)
         tokens = config.model.max_seq_len * (2 if self.interleaved else 1) + len(facts.features.users)
-        self.encoder = SequenceEncoder(
-            config.model.model_copy(update={"max_seq_len": tokens}),
-            options_of(config, "model"),
-            config.ops,
-            num_items=facts.num_items,
-            seed=config.train.seed,
-            embedding=config.embedding,
-            world=world,
-        )
+        self.encoder = build_encoder(config, facts, world, max_seq_len=tokens, candidates=not self.interleaved)
         self.tables = self.encoder.tables
-        if self.encoder.backbone.needs_times and not facts.has_times:
-            raise ConfigError(f"data.name: {config.data.name} has no times; set model.options.bias to position")
         width, rows = config.model.embedding_dim, self.encoder.items.spec.dim
         self.actions = ActionEncoder(options.actions, facts.num_actions, width, hides=not self.interleaved)
         self.side = SideInformation(facts.features.items, options.item_pooling, rows)

@@ -20,11 +20,11 @@ from npu_rec.distributed.world import ALONE
 from npu_rec.errors import ConfigError
 from npu_rec.evaluation.ranking import compute_metrics
 from npu_rec.models import Layout
-from npu_rec.models.encoder import SequenceEncoder, unit
+from npu_rec.models.encoder import unit
 from npu_rec.ops import sampled_softmax_loss
 from npu_rec.ops.jagged import offsets_to_lengths, position_of_token, sequence_of_token
 from npu_rec.ops.random import random_key
-from npu_rec.registry import options_of, register
+from npu_rec.registry import register
 from npu_rec.tasks.catalogue import Catalogue
 from npu_rec.tasks.catalogue_part import CataloguePart
 from npu_rec.tasks.event_kinds import EventKinds, Reading
@@ -32,7 +32,7 @@ from npu_rec.tasks.item_contrast import ItemContrast
 from npu_rec.tasks.negatives import NegativeSampler
 from npu_rec.tasks.retrieval_options import RetrievalOptions
 from npu_rec.tasks.scoring import Pairs, Scorer
-from npu_rec.tasks.task import DataFacts, Prepared, Task, check_backbone
+from npu_rec.tasks.task import DataFacts, Prepared, Task, build_encoder
 
 
 @register("task", "retrieval", options=RetrievalOptions)
@@ -76,20 +76,13 @@ class Retrieval(Task):
         self.options: RetrievalOptions = options
         self.seed = config.train.seed
         self.backend = config.ops.sampled_softmax_loss
-        check_backbone(config, candidates=False)
         domains = None if options.domain_feature is None else facts.features.items[options.domain_feature]
         self.register_buffer("domain_of_item", None if domains is None else domains.first(), persistent=False)
         self.domain_names = [] if domains is None else list(domains.names)
         self.kinds = self._event_kinds(config.model.embedding_dim, facts.num_actions)
         each = 1 if self.kinds is None else self.kinds.tokens_per_event
-        self.encoder = SequenceEncoder(
-            config.model.model_copy(update={"max_seq_len": each * config.model.max_seq_len}),
-            options_of(config, "model"),
-            config.ops,
-            num_items=facts.num_items,
-            seed=config.train.seed,
-            embedding=config.embedding,
-            world=world,
+        self.encoder = build_encoder(
+            config, facts, world, max_seq_len=each * config.model.max_seq_len, candidates=False
         )
         self.tables = self.encoder.tables
         self.context_world = context_world(world, config.parallel.context)
@@ -97,11 +90,6 @@ class Retrieval(Task):
             raise ConfigError(f"parallel.context: model.backbone {config.model.backbone} cannot share sequences")
         if self.context_world.size > 1 and self.kinds is not None:
             raise ConfigError("parallel.context: sequences with behaviours or domains cannot be shared")
-        if self.encoder.backbone.needs_times and not facts.has_times:
-            raise ConfigError(
-                f"data.name: {config.data.name} has no times, but model.backbone {config.model.backbone} uses a "
-                "time bias; set model.options.bias to position"
-            )
         self.catalogue = Catalogue(facts.catalogue)
         self.scorer = Scorer(CataloguePart(self.catalogue, self.tables, "items", world), world)
         counts = None if facts.item_counts is None else facts.item_counts[self.catalogue.all_items(torch.device("cpu"))]

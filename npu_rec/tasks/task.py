@@ -20,6 +20,7 @@ from npu_rec.distributed.world import ALONE
 from npu_rec.embedding import EmbeddingCollection, Plan
 from npu_rec.errors import ConfigError
 from npu_rec.evaluation.ranking import compute_metrics
+from npu_rec.models.encoder import SequenceEncoder
 from npu_rec.registry import lookup, options_of
 
 
@@ -153,13 +154,38 @@ class Task(nn.Module, ABC):
         """Floating-point operations of one forward pass with loss over sequences of `lengths [B]`."""
 
 
-def check_backbone(config: Config, *, candidates: bool) -> None:
-    """Raise ConfigError where the backbone needs candidates behind a history and there are none."""
-    if lookup("model", config.model.backbone).target.needs_targets and not candidates:
+def build_encoder(
+    config: Config, facts: DataFacts, world: World, *, max_seq_len: int, candidates: bool
+) -> SequenceEncoder:
+    """The encoder a configuration names, for histories of `max_seq_len` tokens.
+
+    Args:
+        candidates: whether candidates stand behind a history.
+
+    Raises:
+        ConfigError: the backbone needs what the task or the data does not have.
+    """
+    backbone = lookup("model", config.model.backbone).target
+    if backbone.needs_targets and not candidates:
         raise ConfigError(
             f"model.backbone: {config.model.backbone} needs candidates behind a history: task.name ranking with "
             "task.options.layout merged"
         )
+    encoder = SequenceEncoder(
+        config.model.model_copy(update={"max_seq_len": max_seq_len}),
+        options_of(config, "model"),
+        config.ops,
+        num_items=facts.num_items,
+        seed=config.train.seed,
+        embedding=config.embedding,
+        world=world,
+    )
+    if encoder.backbone.needs_times and not facts.has_times:
+        raise ConfigError(
+            f"data.name: {config.data.name} has no times, but model.backbone {config.model.backbone} uses a "
+            "time bias; set model.options.bias to position"
+        )
+    return encoder
 
 
 def build_task(config: Config, facts: DataFacts, world: World = ALONE) -> Task:
