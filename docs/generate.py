@@ -35,14 +35,15 @@ which the command is started, not to the file.
   current directory, then among the configurations of the package. Mappings merge key by key, everything else
   (lists too) is replaced.
 - **`--set a.b=VALUE`** overrides a key; it can be repeated, and `VALUE` is read as YAML:
-  `--set 'eval.metrics=[hr@10, ndcg@10]'`, `--set data.options.timestamp=null`.
+  `--set 'eval.metrics=[hr@10, ndcg@10]'`, `--set data.options.timestamp=null`. A section
+  set to `null` has its defaults again: `--set data.options=null` before the options of another recipe.
 - **`${NAME}`** anywhere in a text value becomes the environment variable `NAME`; one that is not set is an error,
   even where `--set` replaces the key.
 
 A run writes the resolved configuration to `config.yaml` in its folder, and each checkpoint holds a copy.
 
-Two rules go across keys: `eval.select` must be among `eval.metrics`, and `train.early_stop` needs
-`eval.protocol: holdout`. A backbone with a time bias needs data with times.
+Two rules go across keys: `eval.select` must be among what `eval.metrics` gives, and `train.early_stop` needs a
+validation split, which `eval.protocol: meta` does not have. A backbone with a time bias needs data with times.
 """
 COMPONENTS: dict[Kind, tuple[str, str]] = {
     "model": ("model.options", "`model.backbone` names the backbone."),

@@ -125,8 +125,8 @@ def test_candidates_share_the_history_of_the_first() -> None:
 def test_some_of_the_negatives_train() -> None:
     store = ActionStore([400, 300], known=1.0)
     positive = np.array([False, False, False, True, True, True])
-    every = predicted(splits_of(store, positive=positive)["train"])
-    some = predicted(splits_of(store, positive=positive, negative_ratio=0.25)["train"])
+    every = predicted(splits_of(store, positive=positive.__getitem__)["train"])
+    some = predicted(splits_of(store, positive=positive.__getitem__, negative_ratio=0.25)["train"])
     counts = [sum(action < 3 for _, _, action, _, _ in found) for found in (every, some)]
     assert sum(action >= 3 for _, _, action, _, _ in some) == sum(action >= 3 for _, _, action, _, _ in every)
     assert counts[1] == pytest.approx(0.25 * counts[0], rel=0.3)

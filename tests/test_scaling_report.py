@@ -47,7 +47,11 @@ def study(shop: Path, tmp_path: Path) -> Study:
 
 def test_laws_of_planted_rows() -> None:
     found = {(law.backbone, law.target, law.kind): law for law in laws(planted_rows(("hstu",)), TARGETS)}
-    assert {kind for _, target, kind in found if target == "valid/loss"} == {"joint", "parameters", "compute"}
+    assert {kind for _, target, kind in found if target == "valid/loss"} == {
+        "joint", "parameters", "compute", "data",
+    }  # fmt: skip
+    data = found["hstu", "valid/loss", "data"].fit
+    assert (data.points, data.form.floor) == (3, False)  # too few for an E
     joint = found["hstu", "valid/loss", "joint"]
     for name, exponent in (("exponent:parameters", 0.3), ("exponent:data", 0.4)):
         low, high = joint.fit.interval(name)
@@ -81,7 +85,7 @@ def test_report_stands_alone(study: Study, tmp_path: Path) -> None:
         assert "<svg" in (tmp_path / "plots" / f"{variable}.svg").read_text()
     assert len((tmp_path / "table.md").read_text().splitlines()) == 2 + 48
     documents = json.loads((tmp_path / "fits.json").read_text())
-    assert {law["kind"] for law in documents["laws"]} == {"joint", "parameters", "compute"}
+    assert {law["kind"] for law in documents["laws"]} == {"joint", "parameters", "compute", "data"}
     assert {law["backbone"] for law in documents["laws"]} == {"hstu", "llama"}
 
 

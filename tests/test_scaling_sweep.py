@@ -81,6 +81,9 @@ def test_a_fingerprint_heeds_what_is_measured_alone(shop: Path, tmp_path: Path) 
         ("[hstu, llama]", "[hstu, lama]", "lama"),
         ("[hstu, llama]", "[hstu, hstu]", "two points have the name"),
         ("{base}", "nothing.yaml", "no such configuration file"),
+        ("[hstu, llama]", "[]", "grid: model.backbone has no values"),
+        ("name: tiny", "name: tiny\ntargets: [test/ndgc@10]", "targets: 'test/ndgc@10': expected valid/ or test/ and"),
+        ("train.epochs: 2", "train.epochs: two", r"the point .*: `set` or `grid`: train\.epochs: .*\(given: 'two'\)"),
     ],
 )
 def test_wrong_studies_are_refused(shop: Path, tmp_path: Path, old: str, new: str, message: str) -> None:
@@ -205,14 +208,27 @@ def test_a_failing_point_stops_no_other(shop: Path, tmp_path: Path) -> None:
 
 def test_a_cut_off_row_is_left_out(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
-    write_row(path, {"point": "a", "status": "finished"})
+    write_row(path, {"point": "a", "status": "failed", "fingerprint": "1"})
     with path.open("a") as file:
         file.write('{"point": "b", "sta')
     assert set(read_results(path)) == {"a"}
-    write_row(path, {"point": "c", "status": "failed"})
+    write_row(path, {"point": "c", "status": "failed", "fingerprint": "2"})
     assert set(read_results(path)) == {"a", "c"}
-    path.write_text("nonsense\n" + path.read_text())
-    with pytest.raises(DataError, match=r"results.jsonl:1: not a row"):
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("nonsense", "not a row of results"),
+        ("[1]", "not a row of results: it has no 'fingerprint'"),
+        ('{"point": "a", "status": "failed"}', "not a row of results: it has no 'fingerprint'"),
+        ('{"point": "a", "status": "finished", "fingerprint": "1"}', "not a row of results: it has no 'backbone'"),
+    ],
+)
+def test_a_damaged_row_is_named(tmp_path: Path, row: str, message: str) -> None:
+    path = tmp_path / "results.jsonl"
+    path.write_text(f'{{"point": "x", "status": "failed", "fingerprint": "0"}}\n{row}\n')
+    with pytest.raises(DataError, match=rf"results\.jsonl:2: {message}"):
         read_results(path)
 
 

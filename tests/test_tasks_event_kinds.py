@@ -211,7 +211,7 @@ def shops(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_behaviours_and_domains_together(shops: Path, tmp_path: Path) -> None:
     settings = [
         "task.options.behaviours=tokens", "task.options.target_actions=[2]", "task.options.domain_feature=domain",
-        "task.options.domains=added",
+        "task.options.domains=added", "eval.select=games/ndcg@10",
     ]  # fmt: skip
     result = train(load_run_config(shops, settings), run_dir=tmp_path / "run")
     values = result.metrics["test"]
@@ -224,7 +224,11 @@ def test_behaviours_and_domains_together(shops: Path, tmp_path: Path) -> None:
     ("settings", "message"),
     [
         (["task.options.domains=added"], "needs domain_feature"),
-        (["task.options.domain_feature=colour"], "'colour' is not a feature of the items"),
+        (["task.options.domain_feature=colour"], "domain_feature: 'colour' is not a feature of the items"),
+        (["task.options.target_actions=[1, 7]"], "no event has the action 7; they go up to 2"),
+        (["task.options.target_actions=[1, 1]"], "target_actions: 1 is given twice"),
+        (["eval.select=toys/hr@10", "task.options.domain_feature=domain"], "'toys' is not a domain; there are books"),
+        (["eval.select=books/hr@10"], "eval.select: 'books/hr@10' is not among"),
         (
             ["task.options.behaviours=tokens", "data.options.action=null", "data.options.action_values=null"],
             "no actions",

@@ -206,7 +206,7 @@ def test_loss_is_the_weighted_sum_of_the_targets() -> None:
     torch.testing.assert_close(got, wanted)
     assert float(weights) == 7.0
     observed = task.observe(batch_of([5, 2], [1, 1]))
-    assert observed.shape == (2, 7)
+    assert observed.shape == (2, 8)
     with torch.no_grad():
         values = task.metrics(task.observe(batch_of([3] * 40, [1] * 40)), ["auc", "logloss", "mse"])
     assert set(values) == {"auc", "logloss", "odd/auc", "odd/logloss", "stars/mse"}
@@ -345,7 +345,7 @@ def test_it_learns_who_likes_what(films: Path, tmp_path: Path, settings: tuple[s
     ("settings", "message"),
     [
         (("eval.protocol=holdout",), "task.name ranking needs time"),
-        (("eval.select=logloss",), "less is better"),
+        (("eval.metrics=[auc,mse]", "eval.select=mse"), "is not among what eval.metrics gives"),
         (("eval.metrics=[auc,hr@10]",), "no metric is registered as 'hr@10'"),
         (("task.options.targets=[{name: a}]",), "a binary target needs either at_least or bits"),
         (("task.options.item_features=[colour]",), "'colour' is not a feature of the items"),

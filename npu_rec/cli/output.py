@@ -13,7 +13,9 @@ from rich.table import Table
 def emit(as_json: bool, document: Any, show: Callable[[Console], None]) -> None:
     """One JSON document, or what `show` prints."""
     if as_json:
-        print(json.dumps(document, indent=1, default=str))
+        from npu_rec.train.run_dir import without_nan
+
+        print(json.dumps(without_nan(document), indent=1, default=str))
     else:
         console = Console(highlight=False, soft_wrap=True)
         if not console.is_terminal:

@@ -72,7 +72,12 @@ def evaluate(
     config: ConfigArgument,
     checkpoint: Annotated[Path, typer.Option(help="Checkpoint folder, such as runs/NAME/checkpoints/step-480.")],
     ranks: Annotated[
-        Path | None, typer.Option(help="CSV file to write: split, user, rank of the held-out item (from 1).")
+        Path | None,
+        typer.Option(help="CSV file to write, of retrieval: split, user, rank of the held-out item (from 1)."),
+    ] = None,
+    predictions: Annotated[
+        Path | None,
+        typer.Option(help="CSV file to write, of ranking: split, user, item, score and label of every target."),
     ] = None,
     set_: SetOption = None,
     as_json: JsonOption = False,
@@ -80,7 +85,7 @@ def evaluate(
     """Evaluate a checkpoint on the held-out events."""
     from npu_rec.train.evaluate import evaluate as run_evaluation
 
-    result = run_evaluation(load(config, set_), checkpoint, ranks=ranks)
+    result = run_evaluation(load(config, set_), checkpoint, ranks=ranks, predictions=predictions)
     if not result.is_first:
         return
     document = {

@@ -24,7 +24,7 @@ from npu_rec.config.schema import (
     TaskConfig,
     TrainConfig,
 )
-from npu_rec.config.section import NonNegative, Positive, Probability, Section
+from npu_rec.config.section import NonNegative, Positive, Probability, Section, no_doubles
 
 __all__ = [
     "PACKAGED_CONFIGS",
@@ -49,6 +49,7 @@ __all__ = [
     "load_config",
     "load_resolved",
     "located",
+    "no_doubles",
     "parse_bytes",
     "read_yaml",
     "validate",

@@ -9,7 +9,7 @@ import difflib
 import os
 import re
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -24,18 +24,19 @@ Path_ = tuple[str, ...]
 SectionT = TypeVar("SectionT", bound=BaseModel)
 
 
-def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+def load_config(path: str | Path, overrides: list[str] | None = None, given_by: str = "--set") -> Config:
     """Read, compose and validate a configuration.
 
     Args:
         path: YAML file; `configs/...` is also looked for among the configurations of the package.
         overrides: `a.b=value` strings, the value read as YAML.
+        given_by: where the overrides come from, for errors.
 
     Raises:
         ConfigError: with file, key and, for an unknown key, the nearest valid one.
     """
     origins: Origins = {}
-    return _finish(_read(find_config(path), origins, ()), overrides, origins)
+    return _finish(_read(find_config(path), origins, ()), overrides, origins, given_by)
 
 
 def load_resolved(path: str | Path, overrides: list[str] | None = None) -> Config:
@@ -44,9 +45,9 @@ def load_resolved(path: str | Path, overrides: list[str] | None = None) -> Confi
     return _finish(_parse(Path(path), str(path)), overrides, origins)
 
 
-def _finish(raw: dict[str, Any], overrides: list[str] | None, origins: Origins) -> Config:
+def _finish(raw: dict[str, Any], overrides: list[str] | None, origins: Origins, given_by: str = "--set") -> Config:
     for override in overrides or []:
-        _merge(raw, _parse_override(override), origins, "--set", ())
+        _merge(raw, _parse_override(override), origins, given_by, ())
     config = validate(Config, raw, origins)
     config._origins = origins
     return config
@@ -62,7 +63,8 @@ def find_config(path: str | Path, folder: Path = Path()) -> Path:
     if parts and packaged.is_file():
         return packaged
     known = sorted(str(Path("configs") / p.relative_to(PACKAGED_CONFIGS)) for p in PACKAGED_CONFIGS.rglob("*.yaml"))
-    raise ConfigError(f"{path}: no such configuration file; shipped with the package: {', '.join(known)}")
+    near = difflib.get_close_matches(str(path), known, n=3, cutoff=0.5) or ["configs/quickstart.yaml"]
+    raise ConfigError(f"{path}: no such configuration file; of the {len(known)} shipped, nearest: {', '.join(near)}")
 
 
 def validate(model: type[SectionT], raw: Any, origins: Origins, prefix: Path_ = ()) -> SectionT:
@@ -73,11 +75,13 @@ def validate(model: type[SectionT], raw: Any, origins: Origins, prefix: Path_ = 
         problem = error.errors()[0]
         location = [part for part in problem["loc"] if isinstance(part, str)]
         key = (*prefix, *location)
-        where = f"{_origin(origins, key)}: {'.'.join(key)}" if key else _all_origins(origins)
+        where = f"{_origin(origins, key)}: {_dotted((*prefix, *problem['loc']))}" if key else _all_origins(origins)
         if problem["type"] == "extra_forbidden":
             raise ConfigError(f"{where}: unknown key{_suggest(model, location, prefix)}") from None
         message = problem["msg"].removeprefix("Value error, ")
         given = "" if isinstance(problem["input"], dict) else f" (given: {problem['input']!r})"
+        if problem["type"] == "literal_error" and repr(str(problem["input"])) in message:
+            given = f" (given: the number {problem['input']}; put it in quotes within quotes: \"'{problem['input']}'\")"
         raise ConfigError(f"{where}: {message}{given}") from None
 
 
@@ -85,9 +89,10 @@ def _suggest(model: type[BaseModel], location: list[str], prefix: Path_) -> str:
     """The nearest valid key for an unknown one: of that name elsewhere, in its own section, then everywhere."""
     section: Any = model
     for part in location[:-1]:
-        section = section.model_fields[part].annotation
+        section = _section_of(section.model_fields[part]) or section
     wrong, everywhere = location[-1], _all_keys(model)
-    own = difflib.get_close_matches(wrong, list(section.model_fields), n=1, cutoff=0.5)
+    own = [name for name in section.model_fields if name.startswith(wrong)][:1]
+    own = own or difflib.get_close_matches(wrong, list(section.model_fields), n=1, cutoff=0.5)
     other = difflib.get_close_matches(wrong, [key[-1] for key in everywhere], n=1, cutoff=0.6)
     keys = (
         [key for key in everywhere if key[-1] == wrong]
@@ -111,8 +116,16 @@ def _all_keys(model: type[BaseModel]) -> list[Path_]:
 
 
 def _section_of(field: FieldInfo) -> type[BaseModel] | None:
-    annotation = field.annotation
-    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+    """The section that a field is, or a list of."""
+    for annotation in (field.annotation, *get_args(field.annotation)):
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            return annotation
+    return None
+
+
+def _dotted(key: tuple[str | int, ...]) -> str:
+    """`a.b[1].c`."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in key).removeprefix(".")
 
 
 def _origin(origins: Origins, key: Path_) -> str:
@@ -193,6 +206,8 @@ def _merge(into: dict[str, Any], new: dict[Any, Any], origins: Origins, origin: 
             below = into.get(str(name))
             into[str(name)] = below if isinstance(below, dict) else {}
             _merge(into[str(name)], value, origins, origin, key)
+        elif value is None and isinstance(into.get(str(name)), dict):
+            into[str(name)] = {}  # a section without a value: its keys have their defaults again
         else:
             into[str(name)] = value
 

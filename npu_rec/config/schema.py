@@ -285,14 +285,16 @@ class EvalConfig(Section):
         description="Metrics, `name` or `name@k`.",
     )
     select: str = Field(
-        "ndcg@10", description="The metric that chooses the best epoch and stops early (higher is better)."
+        "ndcg@10",
+        description="The metric that chooses the best epoch and stops early. `<domain>/<metric>` or "
+        "`<target>/<metric>` where a task has metrics of domains or of several targets.",
     )
     every: Positive = Field(1, description="Epochs between two evaluations.")
-    batch_size: Positive = Field(256, description="Sequences of an evaluation batch.")
+    batch_size: Positive = Field(128, description="Sequences of an evaluation batch.")
     remove: Literal["history", "input", "none"] = Field(
         "history",
         description="What is taken out of the ranking: every earlier event of the user, only those the model saw "
-        "(Meta's code), or nothing. The true item itself always stays.",
+        "(Meta's code), or nothing. The true item itself always stays. For `retrieval`.",
     )
 
 
@@ -333,7 +335,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
-        if self.eval.select not in self.eval.metrics:
+        if self.eval.select.rpartition("/")[2] not in self.eval.metrics:
             raise ValueError(f"eval.select: {self.eval.select!r} is not among eval.metrics {self.eval.metrics}")
         if self.eval.protocol == "meta" and self.train.early_stop:
             raise ValueError("train.early_stop needs a validation split, which eval.protocol `meta` does not have")

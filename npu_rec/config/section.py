@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -15,3 +16,10 @@ class Section(BaseModel):
     """A part of the configuration: unknown keys are errors, values are checked on assignment."""
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=(), allow_inf_nan=False)
+
+
+def no_doubles(name: str, values: Sequence[object]) -> None:
+    """Raise ValueError where a list of the configuration has a value twice."""
+    twice = [value for value in values if values.count(value) > 1]
+    if twice:
+        raise ValueError(f"{name}: {twice[0]} is given twice")

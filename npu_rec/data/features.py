@@ -17,10 +17,11 @@ from npu_rec.errors import ConfigError
 
 @dataclass(frozen=True)
 class Wanted:
-    """Names of the features of items and of users that a model reads."""
+    """Names of the features of items and of users that a model reads; `key`: the option that names those of items."""
 
     items: Sequence[str] = ()
     users: Sequence[str] = ()
+    key: str = "item_features"
 
 
 @dataclass(frozen=True)
@@ -66,22 +67,30 @@ def encode_features(store: SequenceStore, wanted: Wanted, separator: str = "|") 
     """
     users = store.user_features
     items = {
-        name: _codes(_column(store.items, name, "items"), separator, store.items["item_id"].to_numpy(), store.num_items)
+        name: _codes(
+            _column(store.items, name, wanted.key, "items"),
+            separator,
+            store.items["item_id"].to_numpy(),
+            store.num_items,
+        )
         for name in wanted.items
     }
     rows = np.arange(store.num_sequences)
     return Features(
-        items, {name: _codes(_column(users, name, "users"), separator, rows, len(rows) - 1) for name in wanted.users}
+        items,
+        {
+            name: _codes(_column(users, name, "user_features", "users"), separator, rows, len(rows) - 1)
+            for name in wanted.users
+        },
     )
 
 
-def _column(table: pa.Table | None, name: str, whose: str) -> pl.Series:
+def _column(table: pa.Table | None, name: str, key: str, whose: str) -> pl.Series:
     taken = ("item_id", "raw_id", "events", "user")
     known = [] if table is None else [column for column in table.column_names if column not in taken]
     if table is None or name not in known:
         raise ConfigError(
-            f"task.options.{whose[:-1]}_features: {name!r} is not a feature of the {whose} "
-            f"({', '.join(known) or 'there are none'})"
+            f"task.options.{key}: {name!r} is not a feature of the {whose} ({', '.join(known) or 'there are none'})"
         )
     column = pl.from_arrow(table[name])
     assert isinstance(column, pl.Series)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -95,7 +96,7 @@ def split_by_time(
     unknown: int | None,
     max_seq_len: int,
     candidates: int,
-    positive: np.ndarray | None = None,
+    positive: Callable[[np.ndarray], np.ndarray] | None = None,
     negative_ratio: float = 1.0,
     seed: int = 0,
 ) -> dict[str, Split]:
@@ -109,7 +110,7 @@ def split_by_time(
     Args:
         test_share: of the labelled events, the latest, for the test; `valid_share`: of the others.
         unknown: the action of an event that has no label; None: all have.
-        positive: `[num_actions]` bool; the other actions are negatives, of which training keeps `negative_ratio`.
+        positive: actions `[E]` -> `[E]` bool; the others are negatives, of which training keeps `negative_ratio`.
         seed: of the choice.
 
     Raises:
@@ -117,7 +118,10 @@ def split_by_time(
     """
     if not store.has_actions or not store.has_times:
         what = "actions" if not store.has_actions else "times"
-        raise ConfigError(f"eval.protocol: time needs {what}, which the data set does not have")
+        raise ConfigError(
+            f"eval.protocol: time needs {what}, which the data set does not have"
+            + ("; a recipe may read labels from another file (data.options.labels_file of ml-1m)" * (what == "actions"))
+        )
     lengths = store.lengths
     events = store.gather(np.arange(len(lengths)), np.zeros_like(lengths), lengths)
     assert events.times is not None
@@ -136,7 +140,7 @@ def split_by_time(
     if positive is not None and negative_ratio < 1.0:
         keys = random_key(seed, "negatives", torch.arange(len(owners)))
         kept = (random_uniform(keys, 1)[:, 0] < negative_ratio).numpy()
-        train &= kept | positive[events.actions]
+        train &= kept | positive(events.actions)
     splits: dict[str, Split] = {}
     for name, chosen in (("train", train), ("valid", valid), ("test", test)):
         if not chosen.any():

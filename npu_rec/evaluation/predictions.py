@@ -15,6 +15,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from npu_rec.registry import lookup, register
 
 BINARY = ("auc", "gauc", "logloss", "ne")
+REGRESSION = ("mse", "mae")
 LOWER_IS_BETTER = ("logloss", "ne", "mse", "mae")
 
 

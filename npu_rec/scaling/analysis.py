@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from npu_rec.errors import ConfigError
 from npu_rec.scaling.fits import Array, Fit, Form, fit, held_out_largest
@@ -97,7 +98,7 @@ def laws(rows: list[Row], targets: list[str]) -> list[Law]:
             chosen = {
                 "joint": (Form(("parameters", "data")), own),
                 "parameters": (Form(("parameters",)), _most_data(own)),
-                "compute": (Form(("compute",), floor=False), _most_data(own)),
+                "compute": (Form(("compute",)), _most_data(own)),
                 "data": (Form(("data",)), _largest_model(own)),
             }
             for kind, (form, points) in chosen.items():
@@ -114,6 +115,12 @@ def columns(rows: list[Row]) -> dict[str, Array]:
     return {name: np.array([row[key] for row in rows], dtype=np.float64) for key, name in VARIABLES.items()}
 
 
+def fitted_by(variable: str, rows: list[Row]) -> npt.NDArray[np.bool_]:
+    """Which rows of one backbone the law of one variable is fitted to, `[n]`."""
+    chosen = {id(row) for row in (_largest_model(rows) if variable == "data" else _most_data(rows))}
+    return np.array([id(row) in chosen for row in rows])
+
+
 def _most_data(rows: list[Row]) -> list[Row]:
     """Those of the grid's largest share of the data; shares of other seeds differ by a few sequences."""
     most = max((row["tokens"] for row in rows), default=0)
@@ -128,11 +135,17 @@ def _largest_model(rows: list[Row]) -> list[Row]:
     return [row for row in rows if several and row["parameters"] == max(several)]
 
 
+def _least(form: Form) -> int:
+    """Points that a law needs."""
+    return form.size + (2 if form.floor else 1)
+
+
 def _law(backbone: str, target: str, kind: str, form: Form, rows: list[Row]) -> Law | None:
-    """None where the variables take fewer values than the form has numbers for each, plus one, or hardly differ."""
+    """None where the points or the values of a variable are too few, or the values hardly differ."""
     x = columns(rows)
-    needed = 3 + (form.floor and len(form.variables) == 1)
-    if len(rows) < form.size + 2 or any(len(np.unique(x[name])) < needed for name in form.variables):
+    single = len(form.variables) == 1
+    needed = 3 + 2 * (form.floor and single)
+    if len(rows) < _least(form) or any(len(np.unique(x[name])) < needed for name in form.variables):
         return None
     sizes = [x["parameters" if name == "compute" else name] for name in form.variables]
     if any(size.max() < SPAN * size.min() for size in sizes):
@@ -149,6 +162,8 @@ def _held_out(form: Form, x: dict[str, Array], y: Array, rows: list[Row]) -> Hel
     try:
         fitted, left_out = held_out_largest(form, x, y, samples=BOOTSTRAP)
     except ConfigError:  # too few are left
+        return None
+    if fitted.points < _least(form):
         return None
     largest = {name: values[left_out][:1] for name, values in x.items()}
     low, high = fitted.forecast(largest)

@@ -46,7 +46,7 @@ class Form:
         return ["E", *own] if self.floor else own
 
     def __str__(self) -> str:
-        parts = [f"A/{x}^a" for x in self.variables]
+        parts = [f"{letter.upper()}/{x}^{letter}" for letter, x in zip("abcd", self.variables, strict=False)]
         return " + ".join(["E", *parts] if self.floor else parts)
 
 
@@ -104,8 +104,8 @@ def fit(
 ) -> Fit:
     """Fit a law to points.
 
-    Intervals come from a residual bootstrap: the residuals, centred and inflated for the numbers fitted, are drawn
-    anew about the law, and the law is fitted again from where it was.
+    Intervals come from a residual bootstrap: the residuals, centred and inflated for the numbers fitted and for how few
+    are left, are drawn anew about the law, and the law is fitted again from where it was.
 
     Args:
         x: variable -> `[n]`, positive.
@@ -154,8 +154,12 @@ def _columns(form: Form, x: Mapping[str, npt.ArrayLike]) -> Array:
 
 
 def _inflated(residuals: Array, fitted: int) -> Array:
+    """Residuals as wide as the noise: over sqrt(1 - fitted / n), and by Student's 97.5 % quantile over the normal's."""
+    from scipy.stats import norm, t
+
     n = len(residuals)
-    scaled: Array = (residuals - residuals.mean()) * np.sqrt(n / (n - fitted))
+    student = t.ppf(0.975, n - fitted) / norm.ppf(0.975)
+    scaled: Array = (residuals - residuals.mean()) * np.sqrt(n / (n - fitted)) * student
     return scaled
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
-from npu_rec.scaling.analysis import VARIABLES, Law, backbones_of, columns, is_loss, quantity, rows_with
+from npu_rec.scaling.analysis import VARIABLES, Law, backbones_of, columns, fitted_by, is_loss, quantity, rows_with
 from npu_rec.scaling.groups import SEED, Group, curves, groups, numeric_settings
 from npu_rec.scaling.results import Row, value_of
 
@@ -17,7 +17,15 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, FixedLocator, LogLocator, NullFormatter, NullLocator, StrMethodFormatter
+from matplotlib.ticker import (
+    EngFormatter,
+    FixedLocator,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    NullLocator,
+    StrMethodFormatter,
+)
 
 # Okabe and Ito, Color Universal Design (2008): told apart under every common colour-blindness; shapes as well
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -131,21 +139,31 @@ def _laws_figure(rows: list[Row], laws: list[Law], targets: list[str], variable:
         axis.set_yscale("log")
         for colour, shape, backbone in _styles(backbones_of(rows)):
             own = rows_with(rows, target, backbone)
-            x = columns(own)[variable]
-            y = quantity(target, own)
-            axis.plot(x, y, shape, ms=5, color=colour, mec="white", mew=0.6, label=backbone)
+            if not own:
+                continue
+            x, y, fitted = columns(own)[variable], quantity(target, own), fitted_by(variable, own)
+            marker = {"marker": shape, "color": colour, "ls": "", "mew": 0.8}
+            axis.plot(x[~fitted], y[~fitted], ms=4, mfc="none", **marker)  # type: ignore[arg-type]
+            axis.plot(x[fitted], y[fitted], ms=5, label=backbone, **marker)  # type: ignore[arg-type]
+            line = np.geomspace(x.min() / 1.2, x.max() * 1.2, 80)
             for law in laws:
                 if (law.backbone, law.target, law.kind) == (backbone, target, variable):
-                    line = np.geomspace(x.min() / 1.2, x.max() * 1.2, 80)
                     low, high = law.fit.band({variable: line})
                     axis.fill_between(line, low, high, color=colour, alpha=0.18, lw=0)
                     axis.plot(line, law.fit.predict({variable: line}), color=colour, lw=1.4)
+                if (law.backbone, law.target, law.kind) == (backbone, target, "joint") and variable != "compute":
+                    other = "data" if variable == "parameters" else "parameters"
+                    for size in np.unique(columns(own)[other]):
+                        joint = law.fit.predict({variable: line, other: np.full_like(line, size)})
+                        axis.plot(line, joint, color=colour, lw=0.7, ls=":")
         axis.set_xlabel(LABELS[variable], fontsize=9)
         axis.set_title(target if is_loss(target) else f"1 - {target}", fontsize=10)
-        plain = StrMethodFormatter("{x:.3g}")
         lowest, highest = axis.get_ylim()
-        axis.yaxis.set_major_formatter(plain)
-        axis.yaxis.set_minor_formatter(plain if highest < 12 * lowest else NullFormatter())
+        if highest < 5 * lowest:  # decades would leave an axis without labels
+            axis.yaxis.set_major_locator(MaxNLocator(6))
+            axis.yaxis.set_minor_locator(NullLocator())
+        axis.yaxis.set_major_formatter(StrMethodFormatter("{x:.4g}"))
+        axis.yaxis.set_minor_formatter(NullFormatter())
         lowest, highest = axis.get_xlim()
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if highest < 200 * lowest else (1,)))
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))

@@ -1,6 +1,6 @@
 """One point of a study, in a process of its own: train, measure, leave `result.json` in the run directory.
 
-`python -m npu_rec.scaling.point <run directory>` reads what `write_order` left there.
+`python -c "from npu_rec.scaling.point import main; main()" <run directory>` reads what `write_order` left there.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from npu_rec.tasks import Task, build_task
 from npu_rec.train import train
 from npu_rec.train.checkpoint import open_checkpoint
 from npu_rec.train.optim import table_weights
-from npu_rec.train.run_dir import RunDirectory
+from npu_rec.train.run_dir import RunDirectory, without_nan
 from npu_rec.train.setup import RunData, open_data, open_device
 from npu_rec.train.state import load_weights
 
@@ -178,11 +178,12 @@ def _tokens_seen(split: Split, config: Config, steps: int) -> int:
 
 def _write(path: Path, document: dict[str, Any]) -> None:
     beside = path.with_suffix(".part")
-    beside.write_text(json.dumps(document))
+    beside.write_text(json.dumps(without_nan(document)))
     os.replace(beside, path)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """The process of one point."""
     try:
         run_point(Path(sys.argv[1]))
     except (UserError, TrainingError) as problem:

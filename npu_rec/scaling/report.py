@@ -61,6 +61,10 @@ def write_report(study: Study, rows: list[Row], out: Path) -> Report:
         f"<h1>{name}</h1><p class='muted'>{len(rows)} of {len(study.points)} points are finished, with "
         f"{study.config.threads} CPU threads each</p>",
         *(_image(title, path) for title, path in images.items()),
+        "<p>Curves are laws of one variable with their 95 % bands, fitted to the filled points: against parameters and "
+        "compute those with the most data, against data those of the largest model. Dotted curves are the joint law, "
+        "one for each amount of data or each size. A metric m is drawn as 1 - m, so that lower is better everywhere."
+        "</p>",
         "<h2>Laws</h2><p>Fitted to the loss, and to 1 minus a metric, in log space with a Huber loss; in brackets "
         "95 % intervals of a residual bootstrap. Data are the training events of an epoch.</p>",
         _html(laws_table(found)) if found else "<p>Too few points differ for a law.</p>",
@@ -118,7 +122,8 @@ def laws_table(found: list[Law]) -> Table:
     """A row a law."""
     cells = []
     for law in found:
-        numbers = [f"{name} {_number(law, name)}" for name in law.fit.form.names if not name.startswith("A:")]
+        letters = iter("AaBbCcDd")
+        numbers = [f"{name if name == 'E' else next(letters)} {_number(law, name)}" for name in law.fit.form.names]
         cells.append([law.backbone, law.target, law.kind, str(law.fit.form), str(law.fit.points), "; ".join(numbers)])
     return ["backbone", "target", "law", "form", "points", "numbers"], cells
 

@@ -3,30 +3,44 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 from npu_rec.errors import DataError
 from npu_rec.scaling.study import Study
 
+log = logging.getLogger(__name__)
 Row = dict[str, Any]
+_MEASURED = {
+    "settings", "backbone", "blocks", "width", "parameters", "flops_per_token", "tokens", "tokens_seen", "flops",
+    "epochs", "best_epoch", "entropy", "metrics", "seconds",
+}  # fmt: skip
 
 
 def read_results(path: Path) -> dict[str, Row]:
-    """Point -> its last row; a last line that was cut off is left out.
+    """Point -> its last row; a last line that was cut off is left out, with a warning.
 
     Raises:
-        DataError: another line is no JSON.
+        DataError: another line is no row.
     """
     rows: dict[str, Row] = {}
-    lines = path.read_text().splitlines() if path.is_file() else []
+    text = path.read_text() if path.is_file() else ""
+    lines = text.splitlines()
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            rows[row["point"]] = row
-        except (ValueError, KeyError, TypeError):
-            if number < len(lines):
+        except ValueError:
+            if number < len(lines) or text.endswith("\n"):
                 raise DataError(f"{path}:{number}: not a row of results") from None
+            log.warning("%s:%d was cut off: its point counts as not finished", path, number)
+            continue
+        missing = {"point", "fingerprint", "status"} - set(row if isinstance(row, dict) else {})
+        if not missing and row["status"] == "finished":
+            missing = _MEASURED - set(row)
+        if missing:
+            raise DataError(f"{path}:{number}: not a row of results: it has no {sorted(missing)[0]!r}")
+        rows[row["point"]] = row
     return rows
 
 

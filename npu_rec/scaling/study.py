@@ -89,22 +89,31 @@ def load_study(path: str | Path) -> Study:
     config = validate(StudyConfig, raw, {(): str(path)})
     beside = file.parent / config.base
     base = beside if beside.is_file() else find_config(config.base)
-    axes = [_choices(name, values) for name, values in config.grid.items()]
+    axes = [_choices(name, values, path) for name, values in config.grid.items()]
     points = []
     for combination in itertools.product(*axes):
         settings = {name: shown for name, shown, _ in combination}
         keys = dict(config.set)
         for _, _, chosen in combination:
             keys |= chosen
-        points.append(_point(base, settings, {**keys, "device.threads": config.threads}))
+        try:
+            points.append(_point(base, settings, {**keys, "device.threads": config.threads}))
+        except ConfigError as error:
+            shown = ", ".join(f"{name} {value}" for name, value in settings.items())
+            raise ConfigError(f"{path}: the point {shown}: {error}") from None
+    _check_targets(config.targets, points, path)
     twice = [name for name, count in Counter(point.name for point in points).items() if count > 1]
     if twice:
         raise ConfigError(f"{path}: grid: two points have the name {twice[0]}")
     return Study(config, file, points)
 
 
-def _choices(name: str, values: list[Any] | dict[str, dict[str, Any]]) -> list[tuple[str, Any, dict[str, Any]]]:
+def _choices(
+    name: str, values: list[Any] | dict[str, dict[str, Any]], path: str | Path
+) -> list[tuple[str, Any, dict[str, Any]]]:
     """Of one entry of the grid: name, value or label, keys that are set."""
+    if not values:
+        raise ConfigError(f"{path}: grid: {name} has no values")
     if isinstance(values, dict):
         return [(name, label, keys) for label, keys in values.items()]
     return [(name, value, {name: value}) for value in values]
@@ -115,7 +124,19 @@ def _point(base: Path, settings: dict[str, Any], keys: dict[str, Any]) -> Point:
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", "_".join(parts)).strip("-")
     overrides = [f"{key}={json.dumps(value)}" for key, value in keys.items()]
     overrides.append(f"name={json.dumps(name)}")
-    return Point(name, settings, load_run_config(base, overrides), _fingerprint(load_config(base, overrides)))
+    given_by = "`set` or `grid`"
+    stated = load_config(base, overrides, given_by)
+    return Point(name, settings, load_run_config(base, overrides, given_by), _fingerprint(stated))
+
+
+def _check_targets(targets: list[str], points: list[Point], path: str | Path) -> None:
+    """Raise ConfigError for a target that no point measures."""
+    for target in targets:
+        split, _, name = target.partition("/")
+        metrics = {metric for point in points for metric in (*point.config.eval.metrics, "loss")}
+        if split not in ("train", "valid", "test") or name.rpartition("/")[2] not in metrics:
+            known = ", ".join(sorted(metrics))
+            raise ConfigError(f"{path}: targets: {target!r}: expected valid/ or test/ and one of {known}")
 
 
 def _fingerprint(config: Config) -> str:

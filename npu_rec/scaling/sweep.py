@@ -89,7 +89,7 @@ def _start(study: Study, point: Point, runs: Path) -> subprocess.Popen[bytes]:
     }
     with (folder / "log.txt").open("ab") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "npu_rec.scaling.point", str(folder)],
+            [sys.executable, "-c", "from npu_rec.scaling.point import main; main()", str(folder)],
             env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE", **threads},
             stdin=subprocess.DEVNULL,
             stdout=log,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
@@ -17,7 +19,7 @@ from npu_rec.data.splits import Split
 from npu_rec.distributed import World
 from npu_rec.distributed.world import ALONE
 from npu_rec.errors import ConfigError
-from npu_rec.evaluation.predictions import BINARY, LOWER_IS_BETTER, prediction_metric
+from npu_rec.evaluation.predictions import BINARY, LOWER_IS_BETTER, REGRESSION, prediction_metric
 from npu_rec.models.actions import ActionEncoder
 from npu_rec.models.features import FeatureTable, SideInformation
 from npu_rec.models.heads import Head
@@ -25,7 +27,7 @@ from npu_rec.ops.random import random_key
 from npu_rec.registry import lookup, register
 from npu_rec.tasks.arrangement import arrange
 from npu_rec.tasks.ranking_options import RankingOptions, Target
-from npu_rec.tasks.task import DataFacts, Prepared, Task, build_encoder
+from npu_rec.tasks.task import DataFacts, Prepared, Task, build_encoder, check_actions
 
 
 @register("task", "ranking", options=RankingOptions)
@@ -75,9 +77,8 @@ class Ranking(Task):
             raise ConfigError(f"eval.protocol: task.name ranking needs time, not {config.eval.protocol}")
         if config.train.stochastic_length is not None:
             raise ConfigError("train.stochastic_length: task.name ranking reads whole histories")
-        every = torch.arange(store.num_actions)
-        binary = [target.labels(every) for target in options.targets if target.kind == "binary"]
-        positive = torch.stack(binary).any(0) if binary else torch.ones_like(every, dtype=torch.bool)
+        if options.actions == "value":
+            check_actions(store, "task.options.actions: value", "bits has one for each bit")
         return split_by_time(
             store,
             test_share=config.eval.test_share,
@@ -85,17 +86,25 @@ class Ranking(Task):
             unknown=options.unknown_action,
             max_seq_len=config.model.max_seq_len,
             candidates=0 if options.layout == "interleaved" else options.candidates,
-            positive=positive.numpy(),
+            positive=partial(_positive, options.targets),
             negative_ratio=options.negative_ratio,
             seed=config.train.seed,
         )
 
     @classmethod
-    def check_metrics(cls, evaluation: EvalConfig) -> None:
+    def check_metrics(cls, evaluation: EvalConfig, options: Any) -> None:
         for name in evaluation.metrics:
             lookup("prediction_metric", name)
-        if evaluation.select in LOWER_IS_BETTER:
-            raise ConfigError(f"eval.select: of {evaluation.select} less is better; select by auc or gauc")
+        measured = [shown for _, _, shown in _measured(options.targets, evaluation.metrics)]
+        if evaluation.select not in measured:
+            raise ConfigError(
+                f"eval.select: {evaluation.select!r} is not among what eval.metrics gives for task.options.targets: "
+                f"{', '.join(measured) or 'nothing'}"
+            )
+
+    @classmethod
+    def lower_is_better(cls, metric: str) -> bool:
+        return metric.rpartition("/")[2] in LOWER_IS_BETTER
 
     # --- training
 
@@ -141,25 +150,32 @@ class Ranking(Task):
     # --- evaluation
 
     def observe(self, batch: LabelledBatch) -> Tensor:
-        """`[B, 1 + 2 targets]` float64 of rows with one candidate: user, scores, labels."""
+        """`[B, 2 + 2 targets]` float64 of rows with one candidate: user, item, scores, labels."""
         vectors = self.tables.read("items", batch.item_ids)
         last = torch.zeros_like(batch.labelled)
         last[batch.offsets[1:] - 1] = True
         scores = self._logits(batch, vectors, last, None).cpu().double()
         actions = batch.actions[last].cpu()
         labels = [target.labels(actions).double() for target in self.options.targets]
-        return torch.cat([batch.sequence_ids.cpu().double().unsqueeze(1), scores, torch.stack(labels, 1)], 1)
+        about = torch.stack([batch.sequence_ids, batch.item_ids[last]], 1).cpu().double()
+        return torch.cat([about, scores, torch.stack(labels, 1)], 1)
 
     def metrics(self, observed: Tensor, names: list[str]) -> dict[str, float]:
         """`auc` and so on of the first target, `<name>/auc` of the others; of each those that fit its kind."""
         count, users = len(self.options.targets), observed[:, 0].to(torch.int64)
-        values = {}
+        return {
+            shown: prediction_metric(name, observed[:, 2 + i], observed[:, 2 + count + i], users)
+            for i, name, shown in _measured(self.options.targets, names)
+        }
+
+    def predictions(self, observed: Tensor) -> dict[str, Tensor]:
+        """`item_id`, and of each target `<name>/score`, a logit for a binary one, and `<name>/label`."""
+        count = len(self.options.targets)
+        columns = {"item_id": observed[:, 1].to(torch.int64)}
         for i, target in enumerate(self.options.targets):
-            for name in names:
-                if _fits(name, target):
-                    shown = name if i == 0 else f"{target.name}/{name}"
-                    values[shown] = prediction_metric(name, observed[:, 1 + i], observed[:, 1 + count + i], users)
-        return values
+            columns[f"{target.name}/score"] = observed[:, 2 + i]
+            columns[f"{target.name}/label"] = observed[:, 2 + count + i]
+        return columns
 
     def flops(self, lengths: Tensor) -> float:
         tokens = lengths * (2 if self.interleaved else 1) + len(self.contextual)
@@ -167,6 +183,17 @@ class Ranking(Task):
         return self.encoder.flops(tokens) + self.head.flops(rows)
 
 
-def _fits(name: str, target: Target) -> bool:
-    """Whether a metric is for the target's kind; one of a user's own is for all."""
-    return target.kind == "binary" if name in BINARY else target.kind == "regression" or name not in ("mse", "mae")
+def _positive(targets: list[Target], actions: np.ndarray) -> np.ndarray:
+    """`[E]` bool: which actions are positive for a binary target; all, where there is none."""
+    binary = [target.labels(torch.from_numpy(actions)) for target in targets if target.kind == "binary"]
+    return torch.stack(binary).any(0).numpy() if binary else np.ones(len(actions), bool)
+
+
+def _measured(targets: list[Target], names: list[str]) -> list[tuple[int, str, str]]:
+    """Target, metric and the name shown, where the metric is for the kind of target; a user's own is for all."""
+    return [
+        (i, name, name if i == 0 else f"{target.name}/{name}")
+        for i, target in enumerate(targets)
+        for name in names
+        if name not in (REGRESSION if target.kind == "binary" else BINARY)
+    ]

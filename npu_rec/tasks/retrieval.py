@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from npu_rec.config import Config
+from npu_rec.config import Config, EvalConfig
 from npu_rec.data import SequenceStore
 from npu_rec.data.batch import JaggedBatch
 from npu_rec.data.features import Wanted
@@ -32,7 +32,7 @@ from npu_rec.tasks.item_contrast import ItemContrast
 from npu_rec.tasks.negatives import NegativeSampler
 from npu_rec.tasks.retrieval_options import RetrievalOptions
 from npu_rec.tasks.scoring import Pairs, Scorer
-from npu_rec.tasks.task import DataFacts, Prepared, Task, build_encoder
+from npu_rec.tasks.task import DataFacts, Prepared, Task, build_encoder, check_actions
 
 
 @register("task", "retrieval", options=RetrievalOptions)
@@ -49,12 +49,18 @@ class Retrieval(Task):
         return bool(options.negatives == "popularity" or options.log_q)
 
     @classmethod
+    def check_metrics(cls, evaluation: EvalConfig, options: Any) -> None:
+        by_domain = "/" in evaluation.select and options.domain_feature is not None
+        select = evaluation.select.rpartition("/")[2] if by_domain else evaluation.select
+        super().check_metrics(evaluation.model_copy(update={"select": select}), options)
+
+    @classmethod
     def plannable(cls, options: Any) -> bool:
         return not options.reads_actions and options.domain_feature is None
 
     @classmethod
     def wanted_features(cls, options: Any) -> Wanted:
-        return Wanted(items=[] if options.domain_feature is None else [options.domain_feature])
+        return Wanted([] if options.domain_feature is None else [options.domain_feature], key="domain_feature")
 
     @classmethod
     def make_splits(cls, store: SequenceStore, config: Config, options: Any) -> dict[str, Split]:
@@ -63,6 +69,14 @@ class Retrieval(Task):
         if options.reads_actions and not store.has_actions:
             wanting = "behaviours" if options.target_actions is None else "target_actions"
             raise ConfigError(f"task.options.{wanting}: {config.data.name} has no actions")
+        if options.behaviours != "ignored":
+            check_actions(store, "task.options.behaviours", "set it to ignored")
+        unknown = [action for action in options.target_actions or [] if action >= store.num_actions]
+        if unknown:
+            raise ConfigError(
+                f"task.options.target_actions: no event has the action {unknown[0]}; they go up to "
+                f"{store.num_actions - 1}"
+            )
         return leave_one_out(
             store,
             config.eval.protocol,
@@ -79,6 +93,9 @@ class Retrieval(Task):
         domains = None if options.domain_feature is None else facts.features.items[options.domain_feature]
         self.register_buffer("domain_of_item", None if domains is None else domains.first(), persistent=False)
         self.domain_names = [] if domains is None else list(domains.names)
+        domain = config.eval.select.rpartition("/")[0]
+        if domain and domain not in self.domain_names:
+            raise ConfigError(f"eval.select: {domain!r} is not a domain; there are {', '.join(self.domain_names)}")
         self.kinds = self._event_kinds(config.model.embedding_dim, facts.num_actions)
         each = 1 if self.kinds is None else self.kinds.tokens_per_event
         self.encoder = build_encoder(

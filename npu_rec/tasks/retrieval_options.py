@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from npu_rec.config import Section
+from npu_rec.config import Section, no_doubles
 from npu_rec.tasks.event_kinds import Reading
 from npu_rec.tasks.negatives import Strategy
 
@@ -43,6 +43,7 @@ class RetrievalOptions(Section):
     def _consistent(self) -> RetrievalOptions:
         if self.domains != "ignored" and self.domain_feature is None:
             raise ValueError("domains needs domain_feature, the feature of items that says them")
+        no_doubles("target_actions", self.target_actions or [])
         return self
 
     @property

@@ -23,6 +23,8 @@ from npu_rec.evaluation.ranking import compute_metrics
 from npu_rec.models.encoder import SequenceEncoder
 from npu_rec.registry import lookup, options_of
 
+MOST_ACTIONS = 65_536
+
 
 @dataclass(frozen=True)
 class DataFacts:
@@ -118,9 +120,16 @@ class Task(nn.Module, ABC):
         return leave_one_out(store, config.eval.protocol, config.model.max_seq_len)
 
     @classmethod
-    def check_metrics(cls, evaluation: EvalConfig) -> None:
-        """Raise ConfigError where `eval.metrics` has a name that is not one of the task's."""
+    def check_metrics(cls, evaluation: EvalConfig, options: Any) -> None:
+        """Raise ConfigError where `eval.metrics` or `eval.select` has a name that is not one of the task's."""
         compute_metrics(torch.ones(1, dtype=torch.int64), evaluation.metrics)
+        if evaluation.select not in evaluation.metrics:
+            raise ConfigError(f"eval.select: {evaluation.select!r} is not among eval.metrics {evaluation.metrics}")
+
+    @classmethod
+    def lower_is_better(cls, metric: str) -> bool:
+        """Whether a smaller value of the metric is the better one."""
+        return False
 
     @abstractmethod
     def prepare(self, batch: Any, epoch: int) -> Prepared:
@@ -143,15 +152,28 @@ class Task(nn.Module, ABC):
 
     def ranks(self, batch: Any) -> Tensor:
         """Rank, from 1, of the held-out item of each sequence, `[B]` int64."""
-        raise ConfigError(f"task {type(self).__name__} ranks no items")
+        raise NotImplementedError
+
+    def predictions(self, observed: Tensor) -> dict[str, Tensor]:
+        """Columns `[M]` of what `observe` gave for all rows: `item_id`, the item that is judged, scores and labels."""
+        raise NotImplementedError
 
     def top_k(self, batch: Any, k: int) -> tuple[Tensor, Tensor]:
         """The best k items after each sequence: (ids `[B, k]`, scores `[B, k]`); id 0 fills up a short list."""
-        raise ConfigError(f"task {type(self).__name__} makes no recommendations")
+        raise NotImplementedError
 
     @abstractmethod
     def flops(self, lengths: Tensor) -> float:
         """Floating-point operations of one forward pass with loss over sequences of `lengths [B]`."""
+
+
+def check_actions(store: SequenceStore, key: str, instead: str) -> None:
+    """Raise ConfigError where a vector for each action would be too many."""
+    if store.num_actions > MOST_ACTIONS:
+        raise ConfigError(
+            f"{key} has a vector for each action, and the data set's actions go up to {store.num_actions - 1:,}: "
+            f"{instead}, or put them in at most {MOST_ACTIONS:,} groups beforehand"
+        )
 
 
 def build_encoder(
@@ -191,7 +213,7 @@ def build_encoder(
 def build_task(config: Config, facts: DataFacts, world: World = ALONE) -> Task:
     """The task a resolved configuration names, initialised from `train.seed`; in a world, this rank's part of it."""
     target = lookup("task", config.task.name).target
-    if world.size > 1 and config.parallel.context > 1 and not target.takes_context:
+    if config.parallel.context > 1 and not target.takes_context:
         raise ConfigError(f"parallel.context: task.name {config.task.name} cannot share sequences among ranks")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)

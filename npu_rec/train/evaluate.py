@@ -19,8 +19,10 @@ from npu_rec.data.splits import Split
 from npu_rec.device import Device
 from npu_rec.distributed import open_world
 from npu_rec.errors import ConfigError
+from npu_rec.registry import lookup
 from npu_rec.tasks import Task, build_task
 from npu_rec.train.checkpoint import open_checkpoint
+from npu_rec.train.position import warn_of_another_model
 from npu_rec.train.setup import open_data, open_device
 from npu_rec.train.state import load_weights
 
@@ -38,6 +40,16 @@ def ranks_of_split(task: Task, split: Split, config: Config, device: Device) -> 
     ranks = _in_evaluation(task, config, device, lambda: _all_sequences(task, split, config, device, task.ranks))
     users = [str(user) for user in split.store.users(split.sequences)]
     return pl.DataFrame({"split": [split.name] * len(users), "user": users, "rank": ranks.numpy()})
+
+
+def predictions_of_split(task: Task, split: Split, config: Config, device: Device) -> pl.DataFrame:
+    """A row for each judged event: `split`, `user` and `item` (raw ids, text), the task's scores and labels."""
+    observed = _in_evaluation(task, config, device, lambda: _all_sequences(task, split, config, device, task.observe))
+    users = [str(user) for user in split.store.users(split.sequences)]
+    columns = {name: column.numpy() for name, column in task.predictions(observed).items()}
+    raw_ids = dict(zip(*(split.store.items[name].to_pylist() for name in ("item_id", "raw_id")), strict=True))
+    items = [str(raw_ids[item]) for item in columns.pop("item_id").tolist()]
+    return pl.DataFrame({"split": [split.name] * len(users), "user": users, "item": items, **columns})
 
 
 def _all_sequences(
@@ -80,22 +92,37 @@ class EvaluateResult:
     is_first: bool = True
 
 
-def evaluate(config: Config, checkpoint_path: Path, *, ranks: Path | None = None) -> EvaluateResult:
+def evaluate(
+    config: Config, checkpoint_path: Path, *, ranks: Path | None = None, predictions: Path | None = None
+) -> EvaluateResult:
     """Evaluate the weights of a checkpoint on every held-out split of the configured data.
 
     Under torchrun the processes share the sequences, and the tables as `embedding:` says.
 
     Args:
         ranks: a CSV file to write with the rank of every held-out item (`ranks_of_split`).
+        predictions: a CSV file to write with the scores and labels of every judged event (`predictions_of_split`).
 
     Raises:
-        ConfigError: `ranks` cannot be written, or the task ranks nothing.
+        ConfigError: a file cannot be written, or the task does not have what it should hold.
     """
-    if ranks is not None and not ranks.absolute().parent.is_dir():
-        raise ConfigError(f"--ranks {ranks}: there is no folder {ranks.absolute().parent}")
+    kind = lookup("task", config.task.name).target
+    files = {
+        "--ranks": (ranks, kind.ranks is not Task.ranks, ranks_of_split),
+        "--predictions": (predictions, kind.predictions is not Task.predictions, predictions_of_split),
+    }
+    for option, (path, possible, _) in files.items():
+        if path is not None and not possible:
+            others = [other for other, (_, has, _) in files.items() if has]
+            instead = f"; it has {' and '.join(others)}" if others else ""
+            raise ConfigError(f"{option}: task.name {config.task.name} has nothing to write there{instead}")
+        if path is not None and not path.absolute().parent.is_dir():
+            raise ConfigError(f"{option} {path}: there is no folder {path.absolute().parent}")
     device = open_device(config)
     with open_world(device, timeout=config.parallel.timeout) as world:
         checkpoint = open_checkpoint(checkpoint_path, world)
+        if world.is_first:
+            warn_of_another_model(config, checkpoint)
         data = open_data(config)
         checkpoint.check_items(data.path / "items.arrow")
         task = build_task(config, data.facts, world)
@@ -104,15 +131,16 @@ def evaluate(config: Config, checkpoint_path: Path, *, ranks: Path | None = None
         start = perf_counter()
         held_out = {name: split for name, split in data.splits.items() if name != "train"}
         metrics = {name: evaluate_split(task, split, config, device) for name, split in held_out.items()}
-        if ranks is not None:
-            tables = [ranks_of_split(task, split, config, device) for split in held_out.values()]
-            if world.is_first:
-                _write(pl.concat(tables), ranks)
+        for option, (path, _, rows) in files.items():
+            if path is not None:
+                tables = [rows(task, split, config, device) for split in held_out.values()]
+                if world.is_first:
+                    _write(pl.concat(tables), option, path)
         return EvaluateResult(checkpoint_path, metrics, perf_counter() - start, world.is_first)
 
 
-def _write(table: pl.DataFrame, path: Path) -> None:
+def _write(table: pl.DataFrame, option: str, path: Path) -> None:
     try:
         table.write_csv(path)
     except OSError as error:
-        raise ConfigError(f"--ranks {path}: cannot be written: {error}") from None
+        raise ConfigError(f"{option} {path}: cannot be written: {error}") from None

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from npu_rec.config import Config, load_resolved
 from npu_rec.errors import ConfigError
 from npu_rec.train import checkpoint as ckpt
 from npu_rec.train.run_dir import RunDirectory
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -83,15 +88,29 @@ _MAY_CHANGE = {
 
 def check_same_run(config: Config, found: ckpt.Checkpoint) -> None:
     """Raise ConfigError when the configuration would make another run of it."""
-    old = load_resolved(found.config_path).model_dump(mode="json")
-    new = config.model_dump(mode="json")
-    for section, values in new.items():
-        pairs = values.items() if isinstance(values, dict) else [("", values)]
-        for key, value in pairs:
-            name = f"{section}.{key}" if key else section
-            before = old[section][key] if key else old[section]
-            if value != before and name not in _MAY_CHANGE and section not in _MAY_CHANGE:
-                raise ConfigError(
-                    f"{name} is {value!r}, the run in {found.path} was trained with {before!r}; resume with that "
-                    "value, or start a new run with train.init_from"
-                )
+    for name, value, before in _differences(config, found):
+        if not any(name == key or name.startswith(f"{key}.") for key in _MAY_CHANGE):
+            raise ConfigError(
+                f"{name} is {value!r}, the run in {found.path} was trained with {before!r}; resume with that "
+                "value, or start a new run with train.init_from"
+            )
+
+
+def warn_of_another_model(config: Config, found: ckpt.Checkpoint) -> None:
+    """Say what of the model and the task is not as the checkpoint was trained; dropout does not count."""
+    for name, value, before in _differences(config, found):
+        if name.split(".")[0] in ("model", "task") and "dropout" not in name:
+            log.warning("%s is %r, the checkpoint %s was trained with %r", name, value, found.path, before)
+
+
+def _differences(config: Config, found: ckpt.Checkpoint) -> Iterator[tuple[str, Any, Any]]:
+    """Dotted key, value in the configuration, value in the checkpoint's."""
+    yield from _unequal("", config.model_dump(mode="json"), load_resolved(found.config_path).model_dump(mode="json"))
+
+
+def _unequal(name: str, new: Any, old: Any) -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(new, dict) and isinstance(old, dict):
+        for key in {**new, **old}:
+            yield from _unequal(f"{name}.{key}" if name else key, new.get(key), old.get(key))
+    elif new != old:
+        yield name, new, old

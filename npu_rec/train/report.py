@@ -81,7 +81,7 @@ def _curves(lines: list[dict[str, Any]], config: Config) -> str:
     )
     loss.set_title("training loss")
     loss.legend(frameon=False)
-    shown = [name for name in config.eval.metrics if name in ("hr@10", "ndcg@10", config.eval.select)]
+    shown = dict.fromkeys([*(name for name in ("hr@10", "ndcg@10") if name in config.eval.metrics), config.eval.select])
     for name, style in zip(shown, ("o-", "s--", "^:"), strict=False):
         quality.plot([x["step"] for x in valid], [x[name] for x in valid], style, ms=3, label=name)
     quality.set_title("validation" if valid else f"no validation in protocol {config.eval.protocol}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,6 +19,15 @@ from npu_rec.distributed.world import ALONE
 from npu_rec.errors import ConfigError, UserError
 
 T = TypeVar("T")
+
+
+def without_nan(document: Any) -> Any:
+    """The same for JSON, which has no NaN and no infinity: null in their place."""
+    if isinstance(document, dict):
+        return {name: without_nan(value) for name, value in document.items()}
+    if isinstance(document, (list, tuple)):
+        return [without_nan(value) for value in document]
+    return None if isinstance(document, float) and not math.isfinite(document) else document
 
 
 class RunDirectory:
@@ -95,7 +105,7 @@ class RunDirectory:
         """One line of metrics.jsonl, and TensorBoard."""
         if not self.world.is_first:
             return
-        line = {"step": step, "epoch": epoch, "split": split, **values}
+        line = without_nan({"step": step, "epoch": epoch, "split": split, **values})
         with self.metrics_path.open("a") as file:
             file.write(json.dumps(line) + "\n")
         if self._tensorboard is not None:
@@ -108,8 +118,9 @@ class RunDirectory:
         return self.metrics_path.stat().st_size if self.world.is_first else 0
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All lines of metrics.jsonl."""
-        return [json.loads(line) for line in self.metrics_path.read_text().splitlines() if line.strip()]
+        """All lines of metrics.jsonl; what was not a number is NaN again."""
+        lines = [json.loads(line) for line in self.metrics_path.read_text().splitlines() if line.strip()]
+        return [{name: math.nan if value is None else value for name, value in line.items()} for line in lines]
 
     def close(self) -> None:
         """Flush the TensorBoard events."""

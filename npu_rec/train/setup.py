@@ -20,9 +20,9 @@ from npu_rec.registry import lookup, options_of, resolve
 from npu_rec.tasks import DataFacts
 
 
-def load_run_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+def load_run_config(path: str | Path, overrides: list[str] | None = None, given_by: str = "--set") -> Config:
     """Read a configuration, import its extensions and check every name and option in it."""
-    config = resolve(load_config(path, overrides))
+    config = resolve(load_config(path, overrides, given_by))
     for name, backend in config.ops.model_dump().items():
         if backend != "auto":
             OPERATORS[name].find(backend)

@@ -352,13 +352,20 @@ class _Trainer:
         position, select = self.position, self.config.eval.select
         values = evaluate_split(self.task, self.data.splits["valid"], self.config, self.device)
         self.run_dir.log("valid", position.step, position.epoch + 1, values)
-        improved = position.best_value is None or values[select] > position.best_value
+        value, known = values[select], position.best_value
+        if math.isnan(value):
+            log.warning("valid %s is not a number: are all labels alike?", select)
+        gain = -1 if self.task.lower_is_better(select) else 1
+        # a value that is not a number is kept only until there is one
+        better = not math.isnan(value) and (known is None or gain * (value - known) > 0)
+        improved = better or position.best_step is None
         if improved:
-            position.best_value, position.best_step = values[select], position.step
+            position.best_value, position.best_step = None if math.isnan(value) else value, position.step
             position.evaluations_without_gain = 0
         else:
             position.evaluations_without_gain += 1
-        return improved, f"valid {select} {values[select]:.4f}{' (best)' if improved else ''}"
+        best = improved and not math.isnan(value)
+        return improved, f"valid {select} {value:.4f}{' (best)' if best else ''}"
 
     def _save(self) -> None:
         position = self.position

@@ -100,7 +100,7 @@ class AmazonDomains(Recipe):
     """Reads ratings of several categories (no header); each is a domain of one data set.
 
     Users are joined by their raw id over the domains. Items are not: the raw id is `<domain>/<id>`, and the feature
-    `domain` numbers the domains from 0 on, by name. The filter is that of `amazon-books`, users counted over all
+    `domain` is the name before the slash. The filter is that of `amazon-books`, users counted over all
     domains.
     """
 
@@ -139,7 +139,5 @@ class AmazonDomains(Recipe):
     def select(self, data: RawData) -> RawData:
         data = frequent(data, self.options.min_item_events, self.options.min_user_events)
         assert data.items is not None
-        codes = {name: code for code, name in enumerate(sorted(self.options.domains))}
-        domain = pl.col("item").str.extract("^([^/]+)/").replace_strict(codes, return_dtype=pl.Int64)
-        data.items = data.items.with_columns(domain.alias("domain"))
+        data.items = data.items.with_columns(pl.col("item").str.extract("^([^/]+)/").alias("domain"))
         return data
