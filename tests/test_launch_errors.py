@@ -128,7 +128,7 @@ def at_the_top(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         (
             'cluster.setup=["a\\nb"]',
-            "cluster.setup: it has more than one line, or control characters (given: 'a\\nb')",
+            "cluster.setup[0]: it has more than one line, or control characters (given: 'a\\nb')",
         ),
         (
             'cluster.kubernetes.mounts={/a: "host:/b\\ec"}',
