@@ -142,9 +142,8 @@ def _laws_figure(rows: list[Row], laws: list[Law], targets: list[str], variable:
             if not own:
                 continue
             x, y, fitted = columns(own)[variable], quantity(target, own), fitted_by(variable, own)
-            marker = {"marker": shape, "color": colour, "ls": "", "mew": 0.8}
-            axis.plot(x[~fitted], y[~fitted], ms=4, mfc="none", **marker)  # type: ignore[arg-type]
-            axis.plot(x[fitted], y[fitted], ms=5, label=backbone, **marker)  # type: ignore[arg-type]
+            axis.plot(x[~fitted], y[~fitted], shape, ms=4, mfc="none", color=colour, mew=0.8)
+            axis.plot(x[fitted], y[fitted], shape, ms=5, label=backbone, color=colour, mew=0.8)
             line = np.geomspace(x.min() / 1.2, x.max() * 1.2, 80)
             for law in laws:
                 if (law.backbone, law.target, law.kind) == (backbone, target, variable):

@@ -151,16 +151,16 @@ class Task(nn.Module, ABC):
         """Metrics of `observe` over all sequences of a split."""
 
     def ranks(self, batch: Any) -> Tensor:
-        """Rank, from 1, of the held-out item of each sequence, `[B]` int64."""
-        raise NotImplementedError
+        """Rank, from 1, of the held-out item of each sequence, `[B]` int64; optional."""
+        raise NotImplementedError(f"task {type(self).__name__} ranks no items")
 
     def predictions(self, observed: Tensor) -> dict[str, Tensor]:
-        """Columns `[M]` of what `observe` gave for all rows: `item_id`, the item that is judged, scores and labels."""
-        raise NotImplementedError
+        """Columns `[M]` of what `observe` gave for all rows: `item_id`, the judged item, scores, labels; optional."""
+        raise NotImplementedError(f"task {type(self).__name__} predicts no labels")
 
     def top_k(self, batch: Any, k: int) -> tuple[Tensor, Tensor]:
-        """The best k items after each sequence: (ids `[B, k]`, scores `[B, k]`); id 0 fills up a short list."""
-        raise NotImplementedError
+        """The best k items after each sequence: (ids `[B, k]`, scores `[B, k]`); id 0 fills up a short list. Optional."""
+        raise NotImplementedError(f"task {type(self).__name__} makes no recommendations")
 
     @abstractmethod
     def flops(self, lengths: Tensor) -> float:
