@@ -159,7 +159,7 @@ class Task(nn.Module, ABC):
         raise NotImplementedError(f"task {type(self).__name__} predicts no labels")
 
     def top_k(self, batch: Any, k: int) -> tuple[Tensor, Tensor]:
-        """The best k items after each sequence, optional: (ids `[B, k]`, scores `[B, k]`); id 0 fills a short list up."""
+        """The best k items of each, optional: (ids `[B, k]`, scores `[B, k]`); id 0 fills up a short list."""
         raise NotImplementedError(f"task {type(self).__name__} makes no recommendations")
 
     @abstractmethod
