@@ -42,8 +42,9 @@ which the command is started, not to the file.
 
 A run writes the resolved configuration to `config.yaml` in its folder, and each checkpoint holds a copy.
 
-Two rules go across keys: `eval.select` must be among what `eval.metrics` gives, and `train.early_stop` needs a
-validation split, which `eval.protocol: meta` does not have. A backbone with a time bias needs data with times.
+Some rules go across keys, such as: `eval.select` must be among what `eval.metrics` gives, `train.early_stop` needs a
+validation split, which `eval.protocol: meta` does not have, and a backbone with a time bias needs data with times.
+What breaks one is refused before anything is read, with both keys.
 """
 COMPONENTS: dict[Kind, tuple[str, str]] = {
     "model": ("model.options", "`model.backbone` names the backbone."),

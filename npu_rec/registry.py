@@ -110,4 +110,12 @@ def import_extensions(modules: Iterable[str]) -> None:
 @cache
 def _import_entry_points() -> None:
     for point in entry_points(group="npu_rec"):
-        point.load()
+        try:
+            point.load()
+        except ConfigError:
+            raise
+        except Exception as error:
+            package = f" of {point.dist.name}" if point.dist else ""
+            raise ConfigError(
+                f"entry point {point.name}{package}: {point.value} cannot be loaded: {type(error).__name__}: {error}"
+            ) from error

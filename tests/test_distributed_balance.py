@@ -11,10 +11,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from retrieval_cases import batch_of, config_of, facts, gradients, task_of
 from strategies import examples, one_thread  # noqa: F401
 from test_data_recipes import store_of
 from test_data_splits import random_split, rows_of
-from test_tasks_retrieval import batch_of, config_of, facts, gradients, task_of
 
 from npu_rec.bench.balance import of_lengths
 from npu_rec.data.loader import Share, TrainLoader, in_order

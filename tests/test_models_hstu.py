@@ -1,28 +1,23 @@
-"""HSTU against oracles written from its equations: Meta's research model by Meta's names, and the production layer."""
+"""HSTU's research model against an oracle written from its equations, by Meta's names; packing."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+from hstu_cases import ITEMS, Histories
 from strategies import generator, normal, one_thread  # noqa: F401
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounterWithBackend
-from torch.nn.functional import layer_norm, linear, silu
+from torch.nn.functional import layer_norm, silu
 
 from npu_rec.config import ModelConfig, OpsConfig
 from npu_rec.errors import CheckpointError
-from npu_rec.models import Layout, SequenceEncoder, encoder, hstu_layer
+from npu_rec.models import SequenceEncoder
 from npu_rec.models.hstu import HSTU, HSTUOptions, build_research_hstu
 from npu_rec.models.meta_weights import load_meta_state_dict, to_meta_state_dict
-from npu_rec.ops.jagged import lengths_to_offsets, position_of_token, sequence_of_token
-from npu_rec.ops.random import random_key
-
-ITEMS = 40
 
 
 @dataclass(frozen=True)
@@ -70,40 +65,6 @@ class Shape:
 
 
 SMALL = Shape()
-
-
-@dataclass(frozen=True)
-class Histories:
-    """Sequences of ids with times, and the time of each request."""
-
-    ids: list[list[int]]
-    times: list[list[int]]
-    requests: list[int]
-
-    @staticmethod
-    def random(*lengths: int, seed: int = 0) -> Histories:
-        g = generator(seed)
-        ids = [torch.randint(1, ITEMS + 1, (n,), generator=g).tolist() for n in lengths]
-        gaps = [(torch.rand(n + 1, generator=g) * 15).exp().long() for n in lengths]  # from seconds to a month
-        times = [(1_000_000_000 + gap.cumsum(0)).tolist() for gap in gaps]
-        return Histories(ids, [own[:-1] for own in times], [own[-1] for own in times])
-
-    def packed(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """ids, offsets, times, times of the next events."""
-        following = [[*own[1:], request][: len(own)] for own, request in zip(self.times, self.requests, strict=True)]
-        ids, times, next_times = (
-            torch.tensor([x for own in jagged for x in own], dtype=torch.int64)
-            for jagged in (self.ids, self.times, following)
-        )
-        return (
-            ids,
-            lengths_to_offsets(torch.tensor([len(own) for own in self.ids], dtype=torch.int64)),
-            times,
-            next_times,
-        )
-
-    def part(self, *rows: int) -> Histories:
-        return Histories(*([jagged[row] for row in rows] for jagged in (self.ids, self.times, self.requests)))
 
 
 def meta_user_vectors(state: dict[str, Tensor], shape: Shape, given: Histories) -> Tensor:
@@ -362,205 +323,3 @@ def test_nothing_to_encode_gives_nothing_and_zero_gradients(variant: str, length
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert not parameter.grad.any(), name
-
-
-# --- production
-
-
-PRODUCTION = ModelConfig(
-    embedding_dim=10, num_blocks=2, num_heads=2, attention_dim=4, linear_dim=5, max_seq_len=20, max_output_len=3
-)
-
-
-def production(seed: int = 0, **options: Any) -> HSTU:
-    """A production stack in float64 with every weight random."""
-    model = HSTU(PRODUCTION, HSTUOptions(variant="production", **options), OpsConfig()).double()
-    randomise(model, seed, 0.5)
-    return model
-
-
-def randomise(model: nn.Module, seed: int, scale: float) -> None:
-    """Every weight normal, those of norms around 1."""
-    g = generator(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(normal(g, *parameter.shape, scale=scale) + (1.0 if "norm.weight" in name else 0.0))
-
-
-def production_oracle(
-    model: HSTU, x: Tensor, lengths: list[int], targets: list[int], since: Tensor | None, longest: int
-) -> Tensor:
-    """The layers of DLRM-HSTU one sequence at a time; `since [T]`: seconds between event and request."""
-    weight, rows, first = dict(model.named_parameters()), [], 0
-    for n, t in zip(lengths, targets, strict=True):
-        y = x[first : first + n]
-        if since is not None and n:
-            bucket = [min(int(math.sqrt(max(s, 1e-6) / 60)), 2048) for s in since[first : first + n].tolist()]
-            y = y + weight["input_times.weight"][bucket]
-        history = n - t  # a target sees the history and itself
-        mask = torch.tensor([[i == j or (j < i and j < history) for j in range(n)] for i in range(n)]).view(n, n)
-        for i in range(PRODUCTION.num_blocks):
-            own = {k.removeprefix(f"layers.{i}."): p for k, p in weight.items() if k.startswith(f"layers.{i}.")}
-            normed = layer_norm(y, (10,), own["input_norm.weight"], own["input_norm.bias"], 1e-6)
-            u, v, q, k = linear(normed, own["uvqk.weight"], own["uvqk.bias"]).split([10, 10, 8, 8], 1)
-            u, heads = silu(u), []
-            for a in range(2):
-                scores = q[:, 4 * a : 4 * a + 4] @ k[:, 4 * a : 4 * a + 4].T / math.sqrt(4)
-                heads.append((silu(scores) / longest * mask) @ v[:, 5 * a : 5 * a + 5])
-            attended = layer_norm(torch.cat(heads, 1), (10,), own["output_norm.weight"], own["output_norm.bias"], 1e-6)
-            assert "output.bias" not in own
-            y = linear(torch.cat([u, attended, u * attended], 1), own["output.weight"]) + y
-        rows.append(y)
-        first += n
-    return torch.cat(rows)
-
-
-@pytest.mark.parametrize("targets", [None, [2, 0, 0, 1, 5]])
-@pytest.mark.parametrize("timed", [True, False])
-def test_the_production_stack_is_dlrm_hstu(targets: list[int] | None, timed: bool) -> None:
-    model, lengths = production(), [7, 0, 1, 12, 5]
-    x = normal(generator(3), 25, 10).double()
-    since = (torch.rand(25, generator=generator(4)) * 21).exp().long() if timed else None  # to beyond the last row
-    times = torch.randint(0, 10**6, (25,), generator=generator(5)) if timed else None
-    layout = Layout(
-        lengths_to_offsets(torch.tensor(lengths)),
-        23,
-        times,
-        times + since if times is not None and since is not None else None,
-        None if targets is None else torch.tensor(targets),
-    )
-    expected = production_oracle(model, x, lengths, targets or [0] * 5, since, 23)
-    torch.testing.assert_close(model(x, layout), expected, rtol=0, atol=1e-10)
-
-
-def test_production_has_no_bias_in_attention_and_research_has_both_unless_told() -> None:
-    def biases(**options: Any) -> tuple[bool, bool, bool]:
-        model = HSTU(PRODUCTION, HSTUOptions(**options), OpsConfig())
-        layer = model.layers[0]
-        return layer.position_weight is not None, layer.time_weight is not None, model.needs_times
-
-    assert biases() == (True, True, True)
-    assert biases(variant="production") == (False, False, False)
-    assert biases(bias="position") == (True, False, False)
-    assert biases(bias="none") == (False, False, False)
-    assert biases(variant="production", bias="position_time") == (True, True, True)
-
-
-# --- dropout and recomputation
-
-
-def dropping(variant: str = "research", blocks: int = 2) -> SequenceEncoder:
-    """A training model with dropout everywhere, large enough weights, float64."""
-    config = PRODUCTION.model_copy(update={"dropout": 0.4, "input_dropout": 0.3, "num_blocks": blocks})
-    model = SequenceEncoder(config, HSTUOptions(variant=variant), OpsConfig(), num_items=ITEMS, seed=0).double()
-    randomise(model, 1, 0.3)
-    return model.train()
-
-
-def dropout_keys(given: Histories, rows: list[int]) -> Tensor:
-    """Keys of the tokens from sequence id and place, as a task makes them."""
-    ids, offsets, *_ = given.packed()
-    sequences = torch.tensor(rows)[sequence_of_token(offsets, ids.shape[0])]
-    return random_key(7, "dropout", 3, sequences, position_of_token(offsets, ids.shape[0]))
-
-
-def outputs_and_gradients(model: nn.Module, call: Callable[[], Tensor]) -> list[Tensor]:
-    model.zero_grad()
-    out = call()
-    out.square().sum().backward()
-    return [out.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
-
-
-@pytest.mark.parametrize("variant", ["research", "production"])
-def test_recomputation_changes_neither_outputs_nor_gradients(variant: str) -> None:
-    model, given = dropping(variant), Histories.random(5, 0, 9, 1)
-    keys, calls = dropout_keys(given, [0, 1, 2, 3]), []
-    for layer in model.backbone.layers:
-        layer.input_norm.register_forward_hook(lambda *_: calls.append(1))
-    plain = outputs_and_gradients(model, lambda: model(*given.packed(), keys))
-    assert len(calls) == 2
-    model.backbone.recompute = True
-    again = outputs_and_gradients(model, lambda: model(*given.packed(), keys))
-    assert len(calls) == 2 + 4  # each layer ran again in the backward pass
-    assert len(plain) == len(again) == 1 + len(list(model.parameters()))
-    for a, b in zip(plain, again, strict=True):
-        assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize("variant", ["research", "production"])
-def test_dropout_of_a_sequence_does_not_depend_on_its_batch(variant: str) -> None:
-    model, given = dropping(variant), Histories.random(5, 0, 9, 4)
-    whole = model(*given.packed(), dropout_keys(given, [0, 1, 2, 3]))
-    starts = [0, 5, 5, 14, 18]
-    for rows in ([2], [3, 0], [3, 2, 1, 0]):
-        part = given.part(*rows)
-        expected = torch.cat([whole[starts[row] : starts[row + 1]] for row in rows])
-        torch.testing.assert_close(model(*part.packed(), dropout_keys(part, rows)), expected, rtol=0, atol=1e-12)
-
-
-def test_dropout_is_on_in_every_place_and_only_with_keys() -> None:
-    model, given = dropping(), Histories.random(5, 9)
-    keys = dropout_keys(given, [0, 1])
-    without = model(*given.packed())
-    assert torch.equal(without, model.eval()(*given.packed()))
-    dropped = model.train()(*given.packed(), keys)
-    assert not torch.allclose(dropped, without)
-    assert not torch.allclose(dropped, model(*given.packed(), keys + 1))
-    for place in ("input_dropout", "dropout"):
-        other = dropping()
-        other.input_dropout = 0.0
-        for layer in other.backbone.layers:
-            layer.dropout = 0.0
-        assert torch.equal(other(*given.packed(), keys), without)
-        for part in [other] if place == "input_dropout" else other.backbone.layers:
-            setattr(part, place, 0.4)
-        assert not torch.allclose(other(*given.packed(), keys), without)
-
-
-def test_the_input_and_every_layer_drop_differently(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
-
-    def record(real: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def call(*arguments: Any, dropout_keys: Tensor | None = None, **keywords: Any) -> Tensor:
-            seen.append(arguments[-1] if dropout_keys is None else dropout_keys)
-            return real(*arguments, **keywords)
-
-        return call
-
-    monkeypatch.setattr(hstu_layer, "norm_gate", record(hstu_layer.norm_gate))
-    monkeypatch.setattr(encoder, "dropout", record(encoder.dropout))
-    monkeypatch.setattr(hstu_layer, "dropout", record(hstu_layer.dropout))
-    given = Histories.random(5, 9)
-    for variant in ("research", "production"):
-        seen.clear()
-        dropping(variant, blocks=3)(*given.packed(), dropout_keys(given, [0, 1]))
-        assert [keys.shape for keys in seen] == [(14,)] * 4
-        assert torch.cat(seen).unique().shape == (4 * 14,)
-
-
-# --- torch.compile
-
-
-def test_the_compiled_research_encoder_is_the_eager_one() -> None:
-    """Inductor, without a graph break; a second shape makes it compile for every shape."""
-    torch._dynamo.reset()
-    model = dropping(blocks=1).float()
-    counter = CompileCounterWithBackend("inductor")
-    compiled = torch.compile(model, fullgraph=True, backend=counter)
-    for lengths in ((5, 9), (4, 1, 12), (3, 0, 8, 2, 7)):
-        given = Histories.random(*lengths)
-        keys = dropout_keys(given, list(range(len(lengths))))
-        eager = outputs_and_gradients(model, lambda given=given, keys=keys: model(*given.packed(), keys))
-        fast = outputs_and_gradients(model, lambda given=given, keys=keys: compiled(*given.packed(), keys))
-        assert len(eager) == len(fast) == 1 + len(list(model.parameters()))
-        for want, got in zip(eager, fast, strict=True):
-            assert got.dtype == torch.float32
-            torch.testing.assert_close(got, want, rtol=0, atol=1e-5 * float(want.abs().max()))
-    assert counter.frame_count <= 2
-
-    exact = outputs_and_gradients(model, lambda: model(*given.packed()))
-    with torch.autocast("cpu", torch.bfloat16):
-        eager = outputs_and_gradients(model, lambda: model(*given.packed()))
-        fast = outputs_and_gradients(model, lambda: compiled(*given.packed()))
-    for want, plain, got in zip(exact, eager, fast, strict=True):
-        assert float((got - want).norm()) <= 2 * float((plain - want).norm()) + 1e-3 * float(want.norm())

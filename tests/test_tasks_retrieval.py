@@ -1,125 +1,40 @@
-"""The retrieval task: its loss from the negatives it draws, how they are drawn, ranks and recommendations."""
+"""The retrieval task: its loss from the negatives it draws, ranks and recommendations."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from retrieval_cases import (
+    CATALOGUE,
+    COUNTS,
+    LENGTHS,
+    STRATEGIES,
+    Draws,
+    batch_of,
+    config_of,
+    drawn,
+    facts,
+    gradients,
+    loss_of,
+    recorded,
+    removing,
+    task_of,
+)
 from strategies import generator, normal, one_thread  # noqa: F401
 from torch import Tensor
 
-from npu_rec.config import Config
 from npu_rec.data.batch import JaggedBatch
 from npu_rec.distributed import World
 from npu_rec.errors import ConfigError
 from npu_rec.ops import RowOptimizer
-from npu_rec.ops.jagged import lengths_to_offsets, position_of_token, sequence_of_token
-from npu_rec.ops.random import derive_keys, dropout_scale, random_integers, random_key
-from npu_rec.registry import options_of, resolve
-from npu_rec.tasks import DataFacts, Retrieval, build_task, retrieval
+from npu_rec.registry import options_of
+from npu_rec.tasks import Retrieval, build_task, retrieval
 from npu_rec.tasks.catalogue import Catalogue
-from npu_rec.tasks.negatives import NegativeSampler
-
-CATALOGUE = [2, 3, 5, 7, 11, 13, 17, 19, 23, 29]  # of ids up to 30
-COUNTS = [0, 0, 9, 1, 4, 3, 0, 8, 0, 0, 0, 5, 0, 2, 0, 0, 0, 6, 0, 7, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 3]
-LENGTHS = [4, 1, 6, 3]
-STRATEGIES = ["uniform", "in_batch", "popularity"]
-
-Draws = dict[str, Tensor]
-
-
-def facts(**changes: Any) -> DataFacts:
-    given = {"num_items": 30, "catalogue": CATALOGUE, "item_counts": COUNTS, "has_times": True} | changes
-    return DataFacts(**{k: torch.tensor(v) if isinstance(v, list) else v for k, v in given.items()})
-
-
-def config_of(model: dict[str, Any] | None = None, seed: int = 3, **options: Any) -> Config:
-    small = {"embedding_dim": 8, "num_heads": 2, "attention_dim": 3, "linear_dim": 4, "max_seq_len": 8}
-    given = {"model": small | (model or {}), "train": {"seed": seed}}
-    return resolve(Config(**given, task={"options": {"num_negatives": 6, "temperature": 0.2} | options}))
-
-
-def task_of(model: dict[str, Any] | None = None, about: DataFacts | None = None, **options: Any) -> Retrieval:
-    """A task in evaluation mode, with weights large enough for scores to differ."""
-    task = build_task(config_of(model, **options), about or facts())
-    assert isinstance(task, Retrieval)
-    with torch.no_grad():
-        for number, parameter in enumerate(task.parameters()):
-            parameter.copy_(normal(generator(number), *parameter.shape, scale=0.5))
-    return task.eval()
-
-
-def batch_of(lengths: list[int] = LENGTHS, ids: list[int] | None = None, times: bool = True) -> JaggedBatch:
-    """Sequences of catalogue items; the events of a sequence depend on its id alone."""
-    ids = list(range(100, 100 + len(lengths))) if ids is None else ids
-    events, seconds = [], []
-    for name, n in zip(ids, lengths, strict=True):
-        g = generator(name)
-        events.append(torch.tensor(CATALOGUE)[torch.randint(len(CATALOGUE), (n + 1,), generator=g)])
-        seconds.append(torch.randint(1, 10**5, (n + 1,), generator=g).cumsum(0))
-    empty = torch.zeros(0, dtype=torch.int64)
-    columns = {
-        "item_ids": torch.cat([own[:-1] for own in events] + [empty]),
-        "next_ids": torch.cat([own[1:] for own in events] + [empty]),
-        "times": torch.cat([own[:-1] for own in seconds] + [empty]) if times else None,
-        "next_times": torch.cat([own[1:] for own in seconds] + [empty]) if times else None,
-    }
-    offsets = lengths_to_offsets(torch.tensor(lengths, dtype=torch.int64))
-    return JaggedBatch(torch.tensor(ids, dtype=torch.int64), offsets, **columns)  # type: ignore[arg-type]
-
-
-def removing(batch: JaggedBatch, *removed: list[int]) -> JaggedBatch:
-    own = {name: value for name, value in vars(batch).items() if value is not None}
-    items = torch.tensor([x for row in removed for x in row], dtype=torch.int64)
-    return JaggedBatch(
-        **own, removed=items, removed_offsets=lengths_to_offsets(torch.tensor([len(r) for r in removed]))
-    )
-
-
-def drawn(task: Retrieval, batch: JaggedBatch, epoch: int) -> Tensor:
-    """Item ids `[T, R]` of the negatives, drawn with the key of each position."""
-    sequences = batch.sequence_ids[sequence_of_token(batch.offsets, batch.tokens)]
-    keys = random_key(3, "negatives", epoch, sequences, position_of_token(batch.offsets, batch.tokens))
-    columns = task.sampler.draw(keys, task.options.num_negatives, task.catalogue.column(batch.next_ids))
-    return task.catalogue.items(columns)
-
-
-def loss_of(task: Retrieval, batch: JaggedBatch, epoch: int) -> tuple[Tensor, Tensor]:
-    return task.loss(task.prepare(batch, epoch))
-
-
-@contextmanager
-def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """The negatives, as columns of the catalogue, and the loss per token of each call."""
-    seen: list[tuple[Tensor, Tensor]] = []
-    real_loss, real_play, last = retrieval.sampled_softmax_loss, Retrieval._in_play, []
-
-    def play(self: Retrieval, positives: Tensor, drawn: Draws) -> tuple[Tensor, Tensor, Draws]:
-        last.append(drawn["negatives"])
-        return real_play(self, positives, drawn)
-
-    def loss(*arguments: Any, **keywords: Any) -> Tensor:
-        losses = real_loss(*arguments, **keywords)
-        seen.append((last.pop(), losses.detach()))
-        return losses
-
-    with monkeypatch.context() as patched:
-        patched.setattr(retrieval, "sampled_softmax_loss", loss)
-        patched.setattr(Retrieval, "_in_play", play)
-        yield seen
-
-
-def gradients(task: Retrieval, total: Tensor) -> dict[str, Tensor]:
-    task.zero_grad()
-    total.backward()
-    return {name: parameter.grad.clone() for name, parameter in task.named_parameters() if parameter.grad is not None}
-
 
 # --- the loss
 
@@ -227,78 +142,6 @@ def test_a_batch_of_nothing_has_no_loss_and_zero_gradients(negatives: str, loss:
     assert not any(gradient.any() for gradient in found.values())
 
 
-# --- the contrast of items
-
-
-def contrast(task: Retrieval, table: Tensor, batch: JaggedBatch, epoch: int) -> Tensor:
-    """`[T]` of the formula in float64, from rows `[num_items + 1, E]`."""
-    options = task.options
-    sequences = batch.sequence_ids[sequence_of_token(batch.offsets, batch.tokens)]
-    keys = random_key(3, "contrast", epoch, sequences, position_of_token(batch.offsets, batch.tokens))
-    drawn = task.catalogue.items(random_integers(keys, options.ssl_items, len(task.catalogue)))
-    of_items = random_key(3, "views", epoch, torch.arange(table.shape[0]))
-    views = []
-    for view in (0, 1):
-        kept = dropout_scale(derive_keys(of_items, view), table.shape[1], options.ssl_dropout).double()
-        views.append(torch.nn.functional.normalize(table * kept, dim=1))
-    losses = []
-    for items in drawn.tolist():
-        cosines = torch.stack([views[0][items[0]] @ views[1][j] for j in (items[0], *items[1:]) if j != items[0]])
-        own = views[0][items[0]] @ views[1][items[0]]
-        losses.append(torch.logsumexp(torch.cat([own[None], cosines]) / options.ssl_temperature, 0))
-        losses[-1] = losses[-1] - own / options.ssl_temperature
-    return torch.stack(losses)
-
-
-@pytest.mark.parametrize("loss", ["sampled_softmax", "bce"])
-@pytest.mark.parametrize("dropout", [0.0, 0.4])
-def test_the_contrast_is_added_with_its_weight(loss: str, dropout: float) -> None:
-    plain = task_of(loss=loss)
-    task = task_of(loss=loss, ssl_weight=0.7, ssl_items=5, ssl_dropout=dropout, ssl_temperature=0.3)
-    batch, table = batch_of(), plain.encoder.items.weight.detach().double().requires_grad_()
-    expected = contrast(task, table, batch, 4).sum()
-    expected.backward()
-    (total, weight), (without, tokens) = loss_of(task, batch, 4), loss_of(plain, batch, 4)
-    assert weight == tokens
-    assert float((total - without).detach()) == pytest.approx(0.7 * float(expected.detach()), rel=1e-4)
-    found = gradients(task, total)["encoder.items.weight"] - gradients(plain, without)["encoder.items.weight"]
-    torch.testing.assert_close(found.double(), 0.7 * table.grad, rtol=1e-4, atol=1e-5)
-
-
-def contrast_of(task: Retrieval, batch: JaggedBatch, epoch: int) -> Tensor:
-    """`[T]` of the task."""
-    assert task.contrast is not None
-    prepared = task.prepare(batch, epoch)
-    items = task.catalogue.items(prepared.draws["columns"])
-    return task.contrast.loss(epoch, items, task.encoder.items(items), prepared.draws["contrast"])
-
-
-@torch.no_grad()
-def test_the_contrast_of_a_sequence_depends_on_nothing_beside_it() -> None:
-    task = task_of(ssl_weight=1.0, ssl_items=4)
-    together = contrast_of(task, batch_of([4, 1, 6, 3], [8, 5, 2, 9]), 1)
-    assert together.unique().shape[0] > 10
-    torch.testing.assert_close(contrast_of(task, batch_of([6, 3], [2, 9]), 1), together[5:14], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(contrast_of(task, batch_of([1], [5]), 1), together[4:5], rtol=1e-5, atol=1e-6)
-
-
-def test_the_contrast_without_dropout_spreads_rows_out() -> None:
-    task = task_of(ssl_weight=1.0, ssl_items=8, ssl_dropout=0.0)
-    table = task.encoder.items.weight
-    optimizer = torch.optim.Adam([table], 0.02)
-
-    def closest() -> float:
-        rows = torch.nn.functional.normalize(table.detach()[CATALOGUE], dim=1)
-        return float((rows @ rows.T).fill_diagonal_(-1.0).max())
-
-    before = closest()
-    for epoch in range(40):
-        optimizer.zero_grad()
-        contrast_of(task, batch_of(), epoch).sum().backward()
-        optimizer.step()
-    assert closest() < before - 0.2
-
-
 # --- what is prepared ahead of a step
 
 
@@ -392,66 +235,6 @@ def test_rows_of_another_width_are_projected_in_and_out() -> None:
     torch.testing.assert_close(hidden, between @ encoder.project_out.weight.T)
     n = torch.tensor([3, 4])
     assert encoder.flops(n) == plain.flops(n) + 2 * 2 * 5 * 8 * 7
-
-
-# --- negatives
-
-
-def frequencies(sampler: NegativeSampler, in_batch: list[int]) -> Tensor:
-    keys = random_key(0, "negatives", torch.arange(2000))
-    columns = sampler.draw(keys, 50, torch.tensor(in_batch))
-    assert columns.shape == (2000, 50)
-    assert columns.dtype == torch.int64
-    return torch.bincount(columns.flatten(), minlength=sampler.size) / columns.numel()
-
-
-@pytest.mark.parametrize(
-    ("strategy", "in_batch", "expected"),
-    [
-        ("uniform", [1], [1, 1, 1, 1, 1]),
-        ("popularity", [1], [4, 0, 1, 0, 5]),
-        ("in_batch", [3, 1, 3, 3, 3, 1, 4], [0, 1, 0, 1, 1]),  # each distinct item alike
-    ],
-)
-def test_negatives_are_distributed_as_said(strategy: Any, in_batch: list[int], expected: list[int]) -> None:
-    found = frequencies(NegativeSampler(strategy, 5, torch.tensor([4, 0, 1, 0, 5])), in_batch)
-    wanted = torch.tensor(expected) / sum(expected)
-    assert not found[wanted == 0].any()
-    torch.testing.assert_close(found, wanted, rtol=0, atol=0.008)  # five deviations of 100,000 draws
-
-
-def test_popularity_survives_more_events_than_a_draw_has_values() -> None:
-    counts = torch.tensor([3 * 2**31, 0, 1, 2**31])
-    found = frequencies(NegativeSampler("popularity", 4, counts), [])
-    torch.testing.assert_close(found, torch.tensor([0.75, 0, 0, 0.25]), rtol=0, atol=0.008)
-    rare = NegativeSampler("popularity", 4, counts).cumulative.diff().tolist()[:2]
-    assert rare == [0, 1]  # the rare item can be drawn
-
-
-def test_negatives_stay_in_a_catalogue_smaller_than_the_id_range(monkeypatch: pytest.MonkeyPatch) -> None:
-    batch = batch_of([5, 3])
-    for strategy in STRATEGIES:
-        task = task_of(negatives=strategy, num_negatives=400)
-        items = set(drawn(task, batch, 0).flatten().tolist())
-        popular = {item for item in CATALOGUE if COUNTS[item]}
-        of_batch = set(batch.next_ids.tolist())
-        assert items == {"uniform": set(CATALOGUE), "popularity": popular, "in_batch": of_batch}[strategy]
-    with recorded(monkeypatch) as seen:  # and these are what the loss uses
-        loss_of(task, batch, 0)
-    assert torch.equal(task.catalogue.items(seen[0][0]), drawn(task, batch, 0))
-
-
-def test_log_q_is_the_share_of_training_events() -> None:
-    sampler = NegativeSampler("popularity", 5, torch.tensor([4, 0, 1, 0, 5]))
-    torch.testing.assert_close(sampler.log_q().exp()[[0, 2, 4]], torch.tensor([0.4, 0.1, 0.5]))
-    assert sampler.log_q().isfinite().all()
-
-
-def test_draws_that_make_no_sense_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"task\.options\.log_q: uniform negatives need no correction"):
-        task_of(log_q=True)
-    with pytest.raises(ConfigError, match=r"task\.options\.negatives: popularity needs training events"):
-        task_of(about=facts(item_counts=[0] * 31), negatives="popularity")
 
 
 # --- data without times

@@ -109,7 +109,7 @@ def _make(
         if source is not None:
             log(f"{config.name}: reading {source}")
         if source is not None and is_archive(source):
-            unpack(source, recipe.members, unpacked)
+            unpack(source, recipe.wanted(), unpacked)
         rows = Rows(config.on_bad_row, log, work)
         data = recipe.read(source if source is not None and not is_archive(source) else unpacked, rows)
         written = convert(recipe, data, rows, config.duplicates == "drop", result)

@@ -113,6 +113,10 @@ class Recipe(ABC):
         """What `obtain` gets, as JSON; prepared data is made anew when it changes."""
         return None
 
+    def wanted(self) -> tuple[str, ...]:
+        """Names of the files to take out of an archive, those that options name too; empty: all."""
+        return self.members
+
     def inputs(self, source: Path) -> list[Path]:
         """The files `read` will use; prepared data is made anew when one of them changes."""
         return [source] if source.is_file() else sorted(path for path in source.iterdir() if path.is_file())

@@ -37,19 +37,22 @@ def need(source: Path, *names: str, folder: str = "", why: str) -> Path:
 
 
 def matching(source: Path, pattern: str, folder: str = "") -> list[Path]:
-    """Files by a pattern of their names, plain or .gz, by name; searched as `find` does, the first place with any."""
+    """Files by a pattern of their names, plain or else .gz, by name; searched as `find`, the first place with any."""
     base = source if source.is_dir() else source.parent
     for place in (base, base / folder):
-        found = sorted(path for name in (pattern, f"{pattern}.gz") for path in place.glob(name) if path.is_file())
+        plain, packed = ([p for p in place.glob(name) if p.is_file()] for name in (pattern, f"{pattern}.gz"))
+        found = {path.name.removesuffix(".gz"): path for path in (*packed, *plain)}
         if found:
-            return found
+            return [found[name] for name in sorted(found)]
     return []
 
 
 def existing(source: Path) -> Path:
-    """The source itself, if there is one."""
+    """The source itself, if there is one that can be read."""
     if not source.exists():
         raise DataError(f"data.source: {source}: no such file or folder")
+    if source.name.endswith((".tar", ".tar.gz", ".tgz", ".7z", ".rar")):
+        raise DataError(f"data.source: {source}: of archives .zip alone is read; unpack it and name its folder")
     return source
 
 

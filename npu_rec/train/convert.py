@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from npu_rec.config import Config
 from npu_rec.distributed.world import ALONE
+from npu_rec.embedding import SlotTable
 from npu_rec.errors import CheckpointError
 from npu_rec.models.meta_weights import load_meta_state_dict, to_meta_state_dict
 from npu_rec.tasks import Retrieval, Task, build_task
 from npu_rec.train import checkpoint as ckpt
 from npu_rec.train.setup import open_data
-from npu_rec.train.state import load_weights, weight_parts
+from npu_rec.train.state import keyed_rows, load_weights, tables_of, weight_parts
 from npu_rec.train.weights import open_weights
 
 _META = (".pt", ".pth", ".ckpt", "")
@@ -47,19 +49,44 @@ def convert(source: Path, target: Path, config: Config) -> Path:
         if source.is_dir():
             ckpt.open_checkpoint(source).check_items(data.path / "items.arrow")
         load_weights(task, open_weights(source, ALONE), str(source))
-    target.parent.mkdir(parents=True, exist_ok=True)
     if target.suffix == ".safetensors":
-        save_file({name: value.contiguous() for name, value in task.state_dict().items()}, target)
+        weights = _whole_weights(task, target)
+        _write(target, lambda path: save_file(weights, path))
     elif target.suffix in _META and target.suffix:
-        torch.save(to_meta_state_dict(_encoder(task, target)), target)
+        weights = to_meta_state_dict(_encoder(task, target))
+        _write(target, lambda path: torch.save(weights, path))
     else:
-        tensors = {f"model.{name}": part for name, part in weight_parts(task).items()}
-        items = data.path / "items.arrow"
-        ckpt.save_snapshot(
-            target,
-            ckpt.checkpoint_snapshot(tensors=tensors, config=config, facts=data.facts, items=items, state={"step": 0}),
+        snapshot = ckpt.checkpoint_snapshot(
+            tensors={f"model.{name}": part for name, part in weight_parts(task).items()},
+            keyed={name: rows for name, rows in keyed_rows(task).items() if name.startswith("model.")},
+            config=config,
+            facts=data.facts,
+            items=data.path / "items.arrow",
+            state={"step": 0},
         )
+        ckpt.save_snapshot(target, snapshot)
     return target
+
+
+def _whole_weights(task: Task, path: Path) -> dict[str, Tensor]:
+    by_id = [name for name, table in tables_of(task) if isinstance(table, SlotTable)]
+    if by_id:
+        raise CheckpointError(
+            f"{path}: {', '.join(by_id)} keeps rows by id, which only a checkpoint holds; give a folder as the target"
+        )
+    return {name: part.local.detach().contiguous() for name, part in weight_parts(task).items()}
+
+
+def _write(path: Path, write: Callable[[Path], None]) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(partial)
+        partial.replace(path)
+    except (OSError, RuntimeError, SafetensorError) as error:  # PyTorch and safetensors wrap what the disk says
+        partial.unlink(missing_ok=True)
+        raise CheckpointError(f"{path}: cannot be written: {error}") from None
 
 
 def _encoder(task: Task, path: Path) -> torch.nn.Module:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from npu_rec.config import Config, load_resolved
 from npu_rec.errors import ConfigError
+from npu_rec.registry import resolve
 from npu_rec.train import checkpoint as ckpt
 from npu_rec.train.run_dir import RunDirectory
 
@@ -83,6 +85,8 @@ _MAY_CHANGE = {
     "eval.batch_size", "embedding.placement", "embedding.replicas", "embedding.rows", "embedding.tier_path",
     "embedding.engine", "train.epochs", "train.max_steps", "train.checkpoint_every", "train.keep_checkpoints",
     "train.early_stop", "train.init_from", "train.log_every", "train.profile", "train.recompute", "train.delta_every",
+    # what helps against values that are not finite
+    "train.nan", "train.lr", "train.clip_norm", "train.clip", "embedding.lr",
 }  # fmt: skip
 
 
@@ -105,7 +109,11 @@ def warn_of_another_model(config: Config, found: ckpt.Checkpoint) -> None:
 
 def _differences(config: Config, found: ckpt.Checkpoint) -> Iterator[tuple[str, Any, Any]]:
     """Dotted key, value in the configuration, value in the checkpoint's."""
-    yield from _unequal("", config.model_dump(mode="json"), load_resolved(found.config_path).model_dump(mode="json"))
+    before = load_resolved(found.config_path)
+    before.imports = config.imports  # what was imported then may have moved
+    with suppress(ConfigError):  # a component of then that is not known now differs by its name
+        resolve(before)  # options that came later have their defaults
+    yield from _unequal("", config.model_dump(mode="json"), before.model_dump(mode="json"))
 
 
 def _unequal(name: str, new: Any, old: Any) -> Iterator[tuple[str, Any, Any]]:

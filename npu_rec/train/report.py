@@ -10,6 +10,7 @@ from typing import Any
 import matplotlib
 
 from npu_rec.config import Config, dump_config
+from npu_rec.errors import StorageError
 from npu_rec.train.run_dir import RunDirectory
 
 matplotlib.use("Agg")
@@ -48,7 +49,10 @@ def write_report(run: RunDirectory, config: Config, metrics: dict[str, dict[str,
         "<h2>Machine</h2>",
         f"<pre>{html.escape(json.dumps(environment, indent=1))}</pre></html>",
     ]
-    run.report_path.write_text("\n".join(parts), encoding="utf-8")
+    try:
+        run.report_path.write_text("\n".join(parts), encoding="utf-8")
+    except OSError as error:
+        raise StorageError(f"{run.report_path}: cannot be written: {error}") from None
 
 
 def _metrics_table(metrics: dict[str, dict[str, float]]) -> str:

@@ -16,7 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 from npu_rec.config import Config, dump_config
 from npu_rec.distributed import World
 from npu_rec.distributed.world import ALONE
-from npu_rec.errors import ConfigError, UserError
+from npu_rec.errors import ConfigError, StorageError, UserError
 
 T = TypeVar("T")
 
@@ -106,8 +106,11 @@ class RunDirectory:
         if not self.world.is_first:
             return
         line = without_nan({"step": step, "epoch": epoch, "split": split, **values})
-        with self.metrics_path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            with self.metrics_path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise StorageError(f"{self.metrics_path}: cannot be written: {error}") from None
         if self._tensorboard is not None:
             for name, value in values.items():
                 self._tensorboard.add_scalar(f"{split}/{name}", value, step)

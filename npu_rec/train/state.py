@@ -86,12 +86,13 @@ def _waiting(table: SlotTable) -> Iterator[Keyed]:
     yield Keyed(ids, {"last_step": waiting.last_step[slots], "count": waiting.count[slots]})
 
 
-def load_weights(task: Task, source: Checkpoint | Mapping[str, Tensor], name: str) -> None:
+def load_weights(task: Task, source: Checkpoint | Mapping[str, Tensor], name: str, *, new_run: bool = False) -> None:
     """Load weights by name.
 
     Args:
         source: a checkpoint, or whole tensors on the host.
         name: what errors call it.
+        new_run: rows by id come without the state of their optimiser, as if no step had used them.
 
     Raises:
         CheckpointError: names or shapes differ; they are named.
@@ -121,8 +122,14 @@ def load_weights(task: Task, source: Checkpoint | Mapping[str, Tensor], name: st
         if isinstance(table, SlotTable):
             if not isinstance(source, Checkpoint) or f"model.{table_name}" not in source.keyed_names:
                 raise CheckpointError(f"{name}: holds no rows by id of {table_name}, which the model wants")
-            table.load((keyed.keys, keyed.columns) for keyed in source.keyed(f"model.{table_name}"))
+            pieces = source.keyed(f"model.{table_name}")
+            table.load((keyed.keys, _unused(keyed.columns) if new_run else keyed.columns) for keyed in pieces)
     task.train(task.training)  # what tasks keep of their weights in evaluation is out of date
+
+
+def _unused(columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    zeros = torch.zeros_like(columns["last_step"])
+    return {"weight": columns["weight"], "last_step": zeros, "count": zeros.clone()}
 
 
 def load_optimizers(task: Task, optimizer: torch.optim.Optimizer, source: Checkpoint) -> None:

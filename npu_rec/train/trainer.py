@@ -127,15 +127,18 @@ class _Trainer:
             weights = open_weights(train.init_from, world)
             if isinstance(weights, ckpt.Checkpoint):
                 weights.check_items(data.path / "items.arrow")
-            load_weights(self.task, weights, str(train.init_from))
+            load_weights(self.task, weights, str(train.init_from), new_run=True)
         if train.delta_every:
             for table in self.task.tables.tables.values():
                 table.touched = Touched()
         self.marked_step = 0  # what a delta would begin at
+        self.best_written: int | None = None  # the best step as the newest checkpoint names it
         self.dense = DenseParallel(self.task, config.parallel, world, device, all_used=data.facts.has_times)
         self.optimizer = build_optimizer(self.task, train)
         if found is not None:
             self._restore(found)
+        elif world.is_first:  # of a sitting that ended before its first checkpoint
+            ckpt.drop_later_deltas(run.path / "deltas", 0)
         self.stepper = Stepper(self.task, config, world, device, self.optimizer, row_optimizers, self.dense)
         self.sharing = config.parallel.context if world.size > 1 else 1  # ranks that share each sequence
         self.cost = SequenceCost.from_flops(self.task.flops)
@@ -166,6 +169,7 @@ class _Trainer:
         names = Position.__dataclass_fields__
         self.position = Position(**{k: v for k, v in found.state["position"].items() if k in names})
         self.task.tables.step = self.position.step
+        self._keep_best()
         marked = found.state.get("marked_step")
         self.marked_step = self.position.step if marked is None else int(marked)
         if self.world.is_first:
@@ -175,6 +179,17 @@ class _Trainer:
         random_states = found.tensors("random")
         torch.set_rng_state(random_states["host"])
         self.device.set_rng_state(random_states.get("device"))
+
+    def _keep_best(self) -> None:
+        """What an earlier checkpoint calls the best may have been deleted since."""
+        best = self.position.best_step
+        if best is not None and best != self.position.step:
+            path = self.run_dir.checkpoints / f"step-{best}"
+            if not self.run_dir.first_decides(path.is_dir, "best checkpoint there"):
+                log.warning("%s, the best so far, is no longer there: the best is chosen from here on", path)
+                self.position.best_step = self.position.best_value = None
+                self.position.evaluations_without_gain = 0
+        self.best_written = self.position.best_step
 
     def run(self) -> TrainResult:
         start = perf_counter()
@@ -213,7 +228,9 @@ class _Trainer:
         shown = min(self.total_steps, config.train.max_steps or self.total_steps)
         with (
             TrainProgress(shown, position.step, quiet=not self.world.is_first) as self.progress,
-            StepProfiler(config.train.profile, self.device, self.run_dir.path / "profile") as self.profiler,
+            StepProfiler(
+                config.train.profile if self.world.is_first else 0, self.device, self.run_dir.path / "profile"
+            ) as self.profiler,
             ThreadPoolExecutor(1, "plan") as self.planner,
         ):
             if resumed is not None:
@@ -389,9 +406,12 @@ class _Trainer:
                 "marked_step": self.marked_step if self.config.train.delta_every else None,
             },
         )
-        if self.world.is_first:  # the one under way is not among them yet
-            ckpt.prune(self.run_dir.checkpoints, self.config.train.keep_checkpoints, position.best_step)
+        if self.world.is_first:  # the newest still names the best before: it stays until this one is written
+            ckpt.prune(
+                self.run_dir.checkpoints, self.config.train.keep_checkpoints, position.best_step, self.best_written
+            )
         self.saver.save(self.run_dir.checkpoints / f"step-{position.step}", snapshot)
+        self.best_written = position.best_step
 
     def _export_delta(self) -> None:
         """The rows touched since the delta before, and all other weights."""
@@ -418,7 +438,8 @@ class _Trainer:
         if known:
             self.metrics["valid"] = {k: v for k, v in known[-1].items() if k not in ("step", "epoch", "split")}
         self.metrics["test"] = evaluate_split(self.task, self.data.splits["test"], self.config, self.device)
-        self.run_dir.log("test", step, position.epoch, self.metrics["test"])
+        epoch = known[-1]["epoch"] if known else position.epoch + bool(position.batch)
+        self.run_dir.log("test", step, epoch, self.metrics["test"])
         return path
 
 

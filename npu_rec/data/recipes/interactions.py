@@ -153,6 +153,8 @@ class Interactions(Recipe):
         def columns(names: list[str]) -> list[Column]:
             if title not in (None, "title") and "title" in names:
                 raise DataError(f"{name}: has a column 'title' besides {title!r}; rename one of them")
+            if key != id_name and key in names:
+                raise DataError(f"{name}: has a column {key!r} besides {id_name!r}, the {key}s; rename one of them")
             features = [Column(other, Feature()) for other in names if other not in (id_name, title)]
             titles = [] if title is None else [Column("title", Text(), title, "set data.options.title")]
             return [Column(key, RawId(), id_name, "the column is named as in the events"), *titles, *features]

@@ -70,6 +70,10 @@ class MovieLens1M(GroupLens):
     members = ("ratings.dat", "ratings.csv", "movies.dat", "users.dat")
     published_events = 1_000_209
 
+    def wanted(self) -> tuple[str, ...]:
+        name = self.options.labels_file
+        return self.members if name is None else (*self.members, name.removesuffix(".gz"))
+
     def inputs(self, source: Path) -> list[Path]:
         if is_archive(source):
             return [source]

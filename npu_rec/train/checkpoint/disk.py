@@ -57,10 +57,10 @@ def list_steps(folder: Path) -> list[int]:
     return sorted(int(name[5:]) for name in names if name.startswith("step-") and name[5:].isdigit())
 
 
-def prune(folder: Path, keep: int, best: int | None) -> None:
-    """Delete all but the newest `keep` checkpoints and the best one."""
+def prune(folder: Path, keep: int, *best: int | None) -> None:
+    """Delete all but the newest `keep` checkpoints and those of the steps `best`."""
     for step in list_steps(folder)[:-keep]:
-        if step != best:
+        if step not in best:
             shutil.rmtree(folder / f"step-{step}", ignore_errors=True)
 
 
