@@ -37,9 +37,9 @@ def killed_when(shop: Path, folder: Path, condition: Any, slow_save: bool = Fals
     program = "from npu_rec.cli import main; main()"
     if slow_save:  # holds a save open between its files, so that the kill hits it for certain
         program = (
-            "import time; from npu_rec.train.checkpoint import disk; sha256 = disk.sha256\n"
-            "def slow(file):\n    time.sleep(0.15)\n    return sha256(file)\n"
-            "disk.sha256 = slow\n"
+            "import time; from npu_rec.train.checkpoint import disk; digest = disk.file_digest\n"
+            "def slow(*file):\n    time.sleep(0.15)\n    return digest(*file)\n"
+            "disk.file_digest = slow\n"
         ) + program
     command = [sys.executable, "-c", program, "train", str(shop), *OPTIONS, "--run-dir", str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
 
-import npu_rec.data
-import npu_rec.tasks  # noqa: F401  (registers the components)
+import npu_rec.data  # noqa: F401  (registers the recipes)
+from npu_rec import registry
 from npu_rec.config import PACKAGED_CONFIGS, Config, dump_config, find_config, load_config
 from npu_rec.errors import ConfigError
 from npu_rec.registry import resolve
+from npu_rec.tasks import DataFacts, build_task
 
 SHIPPED = sorted(path for path in PACKAGED_CONFIGS.rglob("*.yaml") if path.parent.name != "scaling")
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -354,3 +356,41 @@ def test_a_section_without_a_value_has_its_defaults_again() -> None:
 def test_a_key_that_was_cut_short_is_completed() -> None:
     with pytest.raises(ConfigError, match=r"did you mean `train\.early_stop`"):
         load("train.early=3")
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("train.stochastic_selection=random", "stochastic_selection has no effect: stochastic_length is not set"),
+        ("eval.test_share=0.2", "test_share has no effect: protocol is holdout"),
+        ("task.options.ssl_items=9", "ssl_items has no effect: ssl_weight is 0"),
+        ("model.options={bias: none, time_buckets: 64}", "time_buckets has no effect: bias is none"),
+        ("model={backbone: llama, options: {time_buckets: 64}}", "time_buckets has no effect: bias is none"),
+    ],
+)
+def test_a_key_without_effect_is_refused(setting: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        resolve(load_config("configs/quickstart.yaml", [setting]))
+
+
+def test_recomputing_needs_blocks(tmp_path: Path) -> None:
+    settings = [
+        "model.backbone=din", "task={name: ranking, options: {layout: merged}}", "train.recompute=true",
+        "eval={protocol: time, metrics: [auc], select: auc}",
+    ]  # fmt: skip
+    facts = DataFacts(9, range(1, 10), None, True, num_actions=3)
+    with pytest.raises(ConfigError, match=r"train\.recompute: model\.backbone din has no blocks"):
+        build_task(resolve(load_config("configs/quickstart.yaml", settings)), facts)
+
+
+def test_a_key_that_is_no_text_is_refused() -> None:
+    Path("template.yaml").write_text("name: {{ NAME }}\n")
+    with pytest.raises(ConfigError, match=r"template\.yaml:1: not valid YAML: a key must be text or a number"):
+        load_config("template.yaml")
+
+
+def test_a_broken_extension_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    point = EntryPoint("mine", "no_such_module:thing", "npu_rec")
+    monkeypatch.setattr(registry, "entry_points", lambda group: [point])
+    with pytest.raises(ConfigError, match="entry point mine: no_such_module:thing cannot be loaded: ModuleNotFoundE"):
+        registry._import_entry_points.__wrapped__()

@@ -132,3 +132,19 @@ def test_a_stray_quote_never_swallows_rows(tmp_path: Path, bad: str) -> None:
     source = write(tmp_path / "in", events_csv="user,item,timestamp\na,w,4\n" + bad + "b,y,6\nc,z,7\n")
     with pytest.raises(DataError, match=r"row 3: a quote opened here runs to row"):
         store_of("interactions", source, tmp_path, on_bad_row="drop")
+
+
+@pytest.mark.parametrize("whose", ["item", "user"])
+def test_a_feature_is_not_named_as_the_ids(tmp_path: Path, whose: str) -> None:
+    """The events call items skus; the table of items has skus, and another column `item`."""
+    events = EVENTS.replace(whose, "id", 1)
+    folder = write(tmp_path / "in", events_csv=events, table_csv=f"id,{whose}\nbo,1\nx9,2\n")
+    options = {**ACTIONS, "file": "events.csv", f"{whose}s_file": "table.csv", whose: "id"}
+    with pytest.raises(DataError, match=rf"table\.csv: has a column '{whose}' besides 'id', the {whose}s; rename one"):
+        store_of("interactions", folder, tmp_path, options=options)
+
+
+def test_other_archives_are_to_be_unpacked(tmp_path: Path) -> None:
+    (tmp_path / "events.tar.gz").write_bytes(b"")
+    with pytest.raises(DataError, match=r"events\.tar\.gz: of archives \.zip alone is read; unpack it"):
+        store_of("interactions", tmp_path / "events.tar.gz", tmp_path)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import zipfile
 from pathlib import Path
 
 import pytest
 from test_data_recipes import sequences, store_of
 
+from npu_rec.data.sources import matching
 from npu_rec.errors import DataError
 
 T = 1649387651
@@ -131,3 +133,11 @@ def test_missing_and_mixed_logs(tmp_path: Path) -> None:
         store_of("kuairand", tmp_path, tmp_path)
     with pytest.raises(DataError, match=r"not downloaded \(KuaiRand-Pure, -1K or -27K: kuairand.com\)"):
         store_of("kuairand", None, tmp_path)
+
+
+def test_a_log_is_read_once_packed_and_unpacked(tmp_path: Path) -> None:
+    source = write_files(tmp_path / "in")
+    for path in list(source.glob("log_*.csv")):
+        (source / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+    assert [path.suffix for path in matching(source, "log_standard_*.csv")] == [".csv", ".csv"]
+    assert sequences(store_of("kuairand", source, tmp_path)) == SEQUENCES

@@ -16,6 +16,7 @@ from torch import Tensor
 from npu_rec import registry
 from npu_rec.errors import ConfigError
 from npu_rec.evaluation import compute_metrics, ranks_of
+from npu_rec.evaluation.predictions import prediction_metric
 from npu_rec.registry import register
 from npu_rec.train import load_run_config
 
@@ -134,3 +135,45 @@ def test_a_wrong_metric_of_a_run_is_refused_before_it_starts(tmp_path: Path) -> 
         load_run_config(tmp_path / "a.yaml")
     with pytest.raises(ConfigError, match="expected name@k"):
         load_run_config(tmp_path / "a.yaml", ["eval.metrics=[mrr, ndcg@ten]"])
+
+
+judged = st.lists(st.tuples(st.integers(-3, 3), st.integers(0, 1), st.integers(0, 3)), min_size=1, max_size=25)
+
+
+def pairs_won(rows: list[tuple[int, int, int]]) -> float:
+    """Share of the pairs of a positive and a negative that the positive wins, ties by half; NaN without a pair."""
+    pairs = [(a, b) for a, label, _ in rows if label for b, other, _ in rows if not other]
+    won = sum(1.0 if a > b else 0.5 if a == b else 0.0 for a, b in pairs)
+    return won / len(pairs) if pairs else math.nan
+
+
+@given(judged)
+def test_metrics_of_predictions_equal_their_definitions(rows: list[tuple[int, int, int]]) -> None:
+    scores, labels, groups = (torch.tensor(column) for column in zip(*rows, strict=True))
+    found = {
+        name: prediction_metric(name, scores.double(), labels.double(), groups)
+        for name in ("auc", "gauc", "logloss", "ne")
+    }
+    assert found["auc"] == pytest.approx(pairs_won(rows), rel=1e-6, nan_ok=True)
+    users = [[row for row in rows if row[2] == user] for user in range(4)]
+    own = [(pairs_won(each), len(each)) for each in users if not math.isnan(pairs_won(each))]
+    weighted = sum(value * n for value, n in own) / sum(n for _, n in own) if own else math.nan
+    assert found["gauc"] == pytest.approx(weighted, rel=1e-12, nan_ok=True)
+
+    def cross_entropy(chance: float, label: int) -> float:
+        return -math.log(chance if label else 1 - chance)
+
+    loss = sum(cross_entropy(1 / (1 + math.exp(-score)), label) for score, label, _ in rows) / len(rows)
+    assert found["logloss"] == pytest.approx(loss, rel=1e-9)
+    share = sum(label for _, label, _ in rows) / len(rows)
+    if 0 < share < 1:
+        blind = share * cross_entropy(share, 1) + (1 - share) * cross_entropy(share, 0)
+        assert found["ne"] == pytest.approx(loss / blind, rel=1e-9)
+    else:
+        assert math.isnan(found["ne"])
+
+
+@pytest.mark.parametrize("name", ["auc", "gauc", "logloss", "ne", "mse", "mae"])
+def test_scores_that_are_not_numbers_have_no_metric(name: str) -> None:
+    scores, labels = torch.tensor([math.nan, 0.5, 2.0]).double(), torch.tensor([0.0, 1.0, 0.0]).double()
+    assert math.isnan(prediction_metric(name, scores, labels, torch.zeros(3, dtype=torch.int64)))

@@ -118,6 +118,10 @@ def test_actions_without_end_are_refused(tmp_path: Path, films: Path) -> None:  
             "head_hidden has no effect: head dot",
         ),
         (("task.options.candidates=3",), "candidates has no effect: layout interleaved"),
+        (
+            ("task.options.targets=[{name: a, kind: regression}]", "task.options.negative_ratio=0.5"),
+            "negative_ratio has no effect: it is for binary targets",
+        ),
         (("task.options.item_pooling=project",), "item_pooling has no effect: there are no item_features"),
         (("task.options.user_features=[taste, taste]",), "user_features: taste is given twice"),
         (("parallel.context=2",), "cannot share sequences"),

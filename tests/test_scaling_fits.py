@@ -10,7 +10,7 @@ import pytest
 from npu_rec.data.splits import LeaveOneOut
 from npu_rec.errors import ConfigError
 from npu_rec.scaling.entropy import approximate_entropy, mean_entropy
-from npu_rec.scaling.fits import Array, Form, fit, held_out_largest
+from npu_rec.scaling.fits import STEEPEST, Array, Form, fit, held_out_largest
 from npu_rec.scaling.performance_law import PerformanceLaw, corrected_tokens, fit_performance_law
 
 pytest.importorskip("scipy", reason="scipy is not installed (pip install -e '.[test]')")
@@ -106,6 +106,36 @@ def test_an_outlier_hardly_moves_the_law() -> None:
     y = planted(x, 0)
     y[17] *= 1.5
     assert fit(JOINT, x, y, samples=2).values["exponent:tokens"] == pytest.approx(0.28, rel=0.06)
+
+
+def test_intervals_know_of_floors_that_the_law_left() -> None:
+    """Where the best law has no E but laws with one are hardly worse, the intervals hold both."""
+    x = np.geomspace(1e3, 1e5, 8)
+    y = (0.6 + 3.0 * x**-0.3) * np.exp(0.02 * np.random.default_rng(26).normal(size=8))
+    found = fit(SIMPLE, {"parameters": x}, y)
+    low, high = found.interval("E")
+    assert found.values["E"] < 1e-6  # noise has it so
+    assert low < 1e-6
+    assert high > 0.6
+    low, high = found.interval("exponent:parameters")
+    assert low < 0.3 < high
+
+
+def test_a_step_is_no_infinity() -> None:
+    x = np.geomspace(1e10, 1.28e12, 8)
+    y = np.array([0.95, *(0.80 + 0.001 * np.array([1, -1, 2, -2, 1, 0, -1]))])
+    found = fit(Form(("compute",)), {"compute": x}, y)
+    assert found.values["exponent:compute"] == pytest.approx(STEEPEST)
+    assert np.isfinite(found.predict({"compute": x})).all()
+    assert np.isfinite(found.band({"compute": np.geomspace(1e8, 1e14, 9)})).all()
+
+
+def test_repetitions_of_the_largest_point_are_left_out_with_it() -> None:
+    x = {"parameters": np.array([1e3, 2e3, 4e3, 8e3, 1.6e4, 3.2e4, 3.21e4])}
+    y = 0.5 + 3 * x["parameters"] ** -0.3
+    found, left_out = held_out_largest(SIMPLE, x, y, [0, 1, 2, 3, 4, 5, 5], samples=2)
+    assert left_out.tolist() == [False] * 5 + [True] * 2
+    assert found.points == 5
 
 
 def test_what_cannot_be_fitted_is_an_error() -> None:

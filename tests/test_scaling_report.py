@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from npu_rec.scaling.analysis import laws, quantity, surfaces
-from npu_rec.scaling.groups import curves, numeric_settings
+from npu_rec.scaling.groups import curves, families, numeric_settings
 from npu_rec.scaling.report import write_report
 from npu_rec.scaling.study import Study, load_study
 
@@ -29,7 +29,8 @@ def planted_rows(backbones: tuple[str, ...] = ("hstu", "llama"), seed: int = 0) 
                     parameters = 12 * blocks * width**2
                     loss = (2 + 40 / parameters**0.3 + 60 / tokens**0.4) * np.exp(0.01 * rng.normal())
                     ndcg = 1 - (0.5 + 2 / parameters**0.2 + 3 / tokens**0.3) * np.exp(0.002 * rng.normal())
-                    row = {"point": f"{backbone}_{blocks}_{width}_{tokens}", "status": "finished", "settings": {}}
+                    row = {"point": f"{backbone}_{blocks}_{width}_{tokens}", "status": "finished"}
+                    row["settings"] = {"model.backbone": backbone, "size": f"{blocks}x{width}", "data.fraction": tokens}
                     row |= {"backbone": backbone, "blocks": blocks, "width": width, "parameters": parameters}
                     row |= {"tokens": tokens, "tokens_seen": 8 * tokens, "flops_per_token": 2.0 * parameters}
                     row |= {"flops": 48.0 * parameters * tokens, "epochs": 8, "best_epoch": 7, "seconds": 1.0}
@@ -46,7 +47,7 @@ def study(shop: Path, tmp_path: Path) -> Study:
 
 
 def test_laws_of_planted_rows() -> None:
-    found = {(law.backbone, law.target, law.kind): law for law in laws(planted_rows(("hstu",)), TARGETS)}
+    found = {(law.family, law.target, law.kind): law for law in laws(planted_rows(("hstu",)), TARGETS)}
     assert {kind for _, target, kind in found if target == "valid/loss"} == {
         "joint", "parameters", "compute", "data",
     }  # fmt: skip
@@ -69,6 +70,46 @@ def test_of_a_metric_the_distance_from_one_is_fitted() -> None:
     assert quantity("valid/loss", rows) == pytest.approx([row["metrics"]["valid"]["loss"] for row in rows])
 
 
+def test_what_should_fall_is_fitted_as_it_is() -> None:
+    rows = planted_rows(("hstu",))
+    for row in rows:
+        row["metrics"]["test"] = {"logloss": row["metrics"]["valid"]["loss"] / 10}
+    assert quantity("test/logloss", rows) == pytest.approx([row["metrics"]["test"]["logloss"] for row in rows])
+    joint = laws(rows, ["test/logloss"])[0]
+    assert joint.kind == "joint"
+    assert joint.fit.values["exponent:parameters"] == pytest.approx(0.3, rel=0.3)
+
+
+def test_seeds_are_no_sizes() -> None:
+    """Three seeds, whose shares of the data and early ends differ a little, make no law that one would not."""
+    rows = []
+    for row in planted_rows(("hstu",)):
+        for seed in (1, 2, 3):
+            own = row | {"point": f"{row['point']}_{seed}", "tokens": row["tokens"] + seed, "flops": row["flops"]}
+            rows.append(own | {"settings": row["settings"] | {"train.seed": seed}})
+    found = {law.kind: law for law in laws(rows, ["valid/loss"])}
+    assert (found["data"].fit.points, found["data"].fit.form.floor) == (9, False)  # three amounts are too few for an E
+    held_out = found["joint"].held_out
+    assert held_out is not None
+    assert held_out.measured == pytest.approx(rows[-1]["metrics"]["valid"]["loss"])
+    left = [row for row in rows if row["settings"]["size"] in ("1x32", "8x128")]
+    assert {law.kind for law in laws(left, ["valid/loss"])} == {"data"}  # two sizes, in 18 points
+
+
+def test_what_is_no_size_makes_families() -> None:
+    """Points of another learning rate follow a law of their own; the largest is left out with all its seeds."""
+    rows = []
+    for row in planted_rows(("hstu", "llama")):
+        for lr in (0.001, 0.01):
+            own = row | {"point": f"{row['point']}_{lr}", "settings": row["settings"] | {"train.lr": lr}}
+            loss = row["metrics"]["valid"]["loss"] * (1 if lr == 0.001 else 3)
+            rows.append(own | {"metrics": {"valid": {"loss": loss}}})
+    assert list(families(rows)) == ["hstu, lr 0.001", "hstu, lr 0.01", "llama, lr 0.001", "llama, lr 0.01"]
+    found = {law.family: law for law in laws(rows, ["valid/loss"]) if law.kind == "joint"}
+    assert [law.fit.points for law in found.values()] == [24] * 4
+    assert list(families(planted_rows())) == ["hstu", "llama"]
+
+
 def test_performance_law_is_fitted_with_both_signs() -> None:
     found = surfaces(planted_rows(("hstu",)), TARGETS)
     assert [(one.target, one.law.sign) for one in found] == [("test/ndcg@10", "divide"), ("test/ndcg@10", "multiply")]
@@ -86,7 +127,10 @@ def test_report_stands_alone(study: Study, tmp_path: Path) -> None:
     assert len((tmp_path / "table.md").read_text().splitlines()) == 2 + 48
     documents = json.loads((tmp_path / "fits.json").read_text())
     assert {law["kind"] for law in documents["laws"]} == {"joint", "parameters", "compute", "data"}
-    assert {law["backbone"] for law in documents["laws"]} == {"hstu", "llama"}
+    assert {law["family"] for law in documents["laws"]} == {"hstu", "llama"}
+    assert {(law["target"], law["quantity"]) for law in documents["laws"]} == {
+        ("valid/loss", "valid/loss"), ("test/ndcg@10", "1 - test/ndcg@10"),
+    }  # fmt: skip
 
 
 def test_the_same_rows_draw_the_same_plots(study: Study, tmp_path: Path) -> None:

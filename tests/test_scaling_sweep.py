@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -15,8 +16,9 @@ from conftest import npu_rec, npu_rec_json
 
 from npu_rec.config import PACKAGED_CONFIGS, load_config
 from npu_rec.errors import ConfigError, DataError, UserError
+from npu_rec.scaling import sweep
 from npu_rec.scaling.results import finished_rows, read_results, write_row
-from npu_rec.scaling.study import Study, load_study
+from npu_rec.scaling.study import EntropySettings, Study, load_study
 from npu_rec.scaling.sweep import run_sweep, workers_for
 from npu_rec.train.run_dir import RunDirectory
 
@@ -58,7 +60,8 @@ def test_points_of_a_study(shop: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", sorted((PACKAGED_CONFIGS / "scaling").glob("*.yaml")), ids=lambda path: path.stem)
-def test_shipped_studies_are_valid(path: Path) -> None:
+def test_shipped_studies_are_valid(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NPU_REC_DATA", "data")  # nothing is read
     study = load_study(path)
     assert study.config.name == path.stem
     assert len(study.points) > 1
@@ -82,13 +85,32 @@ def test_a_fingerprint_heeds_what_is_measured_alone(shop: Path, tmp_path: Path) 
         ("[hstu, llama]", "[hstu, hstu]", "two points have the name"),
         ("{base}", "nothing.yaml", "no such configuration file"),
         ("[hstu, llama]", "[]", "grid: model.backbone has no values"),
-        ("name: tiny", "name: tiny\ntargets: [test/ndgc@10]", "targets: 'test/ndgc@10': expected valid/ or test/ and"),
+        ("name: tiny", "name: tiny\ntargets: [test/ndgc@10]", "targets: 'test/ndgc@10' is not among what the points"),
+        ("name: tiny", "name: tiny\ntargets: [train/hr@10]", "targets: 'train/hr@10' is not among .*: .*train/loss"),
+        ("train.epochs: 2", "device.threads: 2", "device.threads: `threads` of the study says"),
         ("train.epochs: 2", "train.epochs: two", r"the point .*: `set` or `grid`: train\.epochs: .*\(given: 'two'\)"),
     ],
 )
 def test_wrong_studies_are_refused(shop: Path, tmp_path: Path, old: str, new: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_study(write_study(tmp_path, shop, STUDY.replace(old, new)))
+
+
+def test_targets_that_nothing_measures_are_left_out_unless_stated(shop: Path, tmp_path: Path) -> None:
+    text = STUDY.replace("train.epochs: 2", "train.epochs: 2, eval.protocol: meta")
+    assert load_study(write_study(tmp_path, shop, text)).config.targets == ["test/hr@10", "test/ndcg@10"]
+    with pytest.raises(ConfigError, match="targets: 'valid/loss' is not among"):
+        load_study(write_study(tmp_path, shop, f"{text}targets: [valid/loss, test/hr@10]\n"))
+
+
+def test_settings_are_those_of_the_configuration(shop: Path, tmp_path: Path) -> None:
+    """YAML takes 1e-3 for text, the configuration for a number; a date, for text."""
+    text = STUDY.replace("model.backbone: [hstu, llama]", "train.lr: [1e-3, 3.0e-4, 2]")
+    points = load_study(write_study(tmp_path, shop, text)).points
+    assert [point.settings["train.lr"] for point in points[::2]] == [0.001, 0.0003, 2.0]
+    assert points[0].settings["size"] == "small"
+    with pytest.raises(ConfigError, match=r"the point model.backbone 2024-01-01.*no backbone"):
+        load_study(write_study(tmp_path, shop, STUDY.replace("[hstu, llama]", "[2024-01-01]")))
 
 
 def test_a_study_and_a_training_are_told_apart(shop: Path, tmp_path: Path) -> None:
@@ -162,7 +184,7 @@ def test_a_rerun_and_a_resumed_point_have_the_same_bits(trained: tuple[Path, dic
 
 def test_an_interrupted_sweep_ends_its_points_and_goes_on_later(shop: Path, tmp_path: Path) -> None:
     path, out = (
-        write_study(tmp_path, shop, only(STUDY).replace("train.epochs: 2", "train.epochs: 400")),
+        write_study(tmp_path, shop, only(STUDY).replace("train.epochs: 2", "train.epochs: 40")),
         tmp_path / "out",
     )
     command = [sys.executable, "-m", "npu_rec", "sweep", str(path), "--out", str(out)]
@@ -174,14 +196,52 @@ def test_an_interrupted_sweep_ends_its_points_and_goes_on_later(shop: Path, tmp_
             time.sleep(0.05)
         sweep.terminate()
         assert sweep.wait(60) == 143
-    before = (folder / "metrics.jsonl").read_text()
     with RunDirectory(folder).lock():  # nobody trains there any more
         assert not (out / "results.jsonl").exists()
-    study = path.read_text().replace("train.epochs: 400", f"train.epochs: {before.count('epoch_loss') + 1}")
-    path.write_text(study)
     (row,) = run(path, out).values()
-    assert row["epochs"] == before.count("epoch_loss") + 1
+    assert row["epochs"] == 40
     assert "resumed from step" in (folder / "log.txt").read_text()
+
+
+def test_a_point_of_a_changed_study_starts_anew(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    """Training may go on with other epochs; a point of a study with fewer is another point, and its run is kept."""
+    path, first = trained
+    shutil.copytree(path.parent / "out", tmp_path / "out")
+    study = tmp_path / "tiny.yaml"
+    study.write_text(path.read_text().replace("train.epochs: 2", "train.epochs: 1"))
+    told: list[str] = []
+    assert run_sweep(load_study(study), tmp_path / "out", tell=told.append) == []
+    (row,) = finished_rows(load_study(study), read_results(tmp_path / "out" / "results.jsonl"))
+    assert (row["epochs"], row["steps"], row["tokens_seen"]) == (1, 4, row["tokens"])
+    kept = tmp_path / "out" / f"{first['point']}.{first['fingerprint']}"
+    assert any(line.endswith(f"the earlier run is in {kept}") for line in told)
+    assert (kept / "checkpoints" / "step-8").is_dir()
+    assert run(path, tmp_path / "out")[first["point"]]["epochs"] == 2
+
+    (tmp_path / "out" / first["point"] / "point.json").unlink()
+    (tmp_path / "out" / "results.jsonl").unlink()
+    (tmp_path / "out" / first["point"] / "result.json").unlink()
+    with pytest.raises(UserError, match="holds a run that is no point of a study; choose another"):
+        run_sweep(load_study(path), tmp_path / "out")
+
+
+def test_entropy_of_other_settings_is_left_out(
+    trained: tuple[Path, dict[str, Any]], caplog: pytest.LogCaptureFixture
+) -> None:
+    path, row = trained
+    assert row["entropy"] > 0
+    study = load_study(path)
+    other = dataclasses.replace(study, config=study.config.model_copy(update={"entropy": EntropySettings(m=3)}))
+    (left,) = finished_rows(other, {row["point"]: row})
+    assert left == {**row, "entropy": None}
+    assert "entropy of other settings" in caplog.text
+
+
+def test_what_stochastic_length_leaves_out_is_not_seen(shop: Path, tmp_path: Path) -> None:
+    text = only(STUDY).replace("train.epochs: 2", "train.epochs: 2, train.stochastic_length: 1.05")
+    (row,) = run(write_study(tmp_path, shop, text), tmp_path / "out").values()
+    assert row["tokens_seen"] < 1.5 * row["tokens"]
+    assert row["flops"] == pytest.approx(3 * row["flops_per_token"] * row["tokens_seen"])
 
 
 def test_rows_alone_are_enough(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
@@ -214,6 +274,9 @@ def test_a_cut_off_row_is_left_out(tmp_path: Path) -> None:
     assert set(read_results(path)) == {"a"}
     write_row(path, {"point": "c", "status": "failed", "fingerprint": "2"})
     assert set(read_results(path)) == {"a", "c"}
+    path.write_text(path.read_text().rstrip())  # a whole row without the end of its line
+    write_row(path, {"point": "d", "status": "failed", "fingerprint": "3"})
+    assert set(read_results(path)) == {"a", "c", "d"}
 
 
 @pytest.mark.parametrize(
@@ -238,3 +301,25 @@ def test_workers_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     assert workers_for(2, 3) == 3
     with pytest.raises(UserError, match="8 cores are enough for 4"):
         workers_for(2, 5)
+    assert [workers_for(1, None, cards) for cards in (2, 16)] == [2, 8]
+    with pytest.raises(UserError, match=r"2 card\(s\) are enough for 2"):
+        workers_for(1, 3, 2)
+
+
+def test_every_point_at_once_has_a_card_of_its_own(shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With three cards; the points, which train on the CPU, note which one they were given."""
+    script = (
+        "import os, pathlib, sys, time; time.sleep(0.4);"
+        "pathlib.Path(sys.argv[1], 'card').write_text(os.environ['LOCAL_RANK'])"
+    )
+    real = subprocess.Popen
+    monkeypatch.setattr(sweep, "card_count", lambda name: 3)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)))
+    monkeypatch.setattr(
+        subprocess, "Popen", lambda command, **keywords: real([*command[:2], script, command[3]], **keywords)
+    )
+    study = load_study(write_study(tmp_path, shop))
+    assert len(run_sweep(study, tmp_path)) == 4  # they leave no result
+    cards = [(tmp_path / point.name / "card").read_text() for point in study.points]
+    assert sorted(cards[:3]) == ["0", "1", "2"]
+    assert cards[3] in cards[:3]

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import math
+import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 from strategies import generator, normal, one_thread  # noqa: F401
 from torch import Tensor
+from train_ranks import Job, column, run_jobs, train_on_ranks
 
 from npu_rec.config import Config
 from npu_rec.data import Events
 from npu_rec.data.batch import JaggedBatch
-from npu_rec.data.features import Codes, Features
+from npu_rec.data.features import Codes, Features, _codes
 from npu_rec.data.splits import LeaveOneOut, leave_one_out
 from npu_rec.errors import ConfigError
 from npu_rec.models import Layout
@@ -171,7 +176,57 @@ def test_metrics_of_each_domain() -> None:
     assert values["mrr"] == pytest.approx(float((1 / ranks).mean()))
     for code, name in ((1, "books"), (2, "games")):
         own = ranks[observed[:, 1] == code]
-        assert values[f"{name}/mrr"] == pytest.approx(float((1 / own).mean()) if len(own) else 0.0)
+        assert values[f"{name}/mrr"] == pytest.approx(float((1 / own).mean()))
+    assert (observed[:, 1] == 1).any()
+    none = task.metrics(observed[observed[:, 1] == 1], ["mrr"])
+    assert math.isnan(none["games/mrr"])  # not 0, which an early stop would take for the best there can be
+
+
+def test_a_domain_is_one_value_of_an_item(shops: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(shops.parent / "source", source)
+    items = (source / "items.csv").read_text().replace("games", "games|books")
+    (source / "items.csv").write_text(items)
+    settings = ["task.options.domain_feature=domain", f"data.source={source}", f"data.dir={tmp_path / 'prepared'}"]
+    with pytest.raises(ConfigError, match="items have several values of 'domain'; a domain is one"):
+        train(load_run_config(shops, settings), run_dir=tmp_path / "run")
+
+
+def test_a_list_of_a_parquet_file_is_several_values(tmp_path: Path) -> None:
+    column = pl.Series([["b", "a"], None, [], ["c", None]])
+    found = _codes(column, "|", np.array([1, 2, 3, 4]), 4)
+    assert found.names == ["a", "b", "c"]
+    assert found.values.tolist() == [2, 1, 3]
+    assert found.offsets.tolist() == [0, 0, 2, 2, 2, 3]
+
+
+def test_negative_actions_have_no_vectors(shops: Path, tmp_path: Path) -> None:
+    (tmp_path / "events.csv").write_text(
+        "user,item,timestamp,kind\n" + "".join(f"{u},{i},{i},{i % 3 - 1}\n" for u in range(9) for i in range(6))
+    )
+    settings = [
+        f"data.source={tmp_path}", f"data.dir={tmp_path / 'prepared'}", "data.options.items_file=null",
+        "data.options.action_values=null", "task.options.behaviours=added",
+    ]  # fmt: skip
+    with pytest.raises(ConfigError, match="behaviours needs actions of 0 or more, the data set has -1: set it to ign"):
+        train(load_run_config(shops, settings), run_dir=tmp_path / "run")
+
+
+def test_repeated_items_are_warned_of(shops: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    train(load_run_config(shops, ["train.max_steps=1"]), run_dir=tmp_path / "a")
+    assert re.search(r"\d\d % of the held-out items are in the history of their user", caplog.text)
+    caplog.clear()
+    train(load_run_config(shops, ["train.max_steps=1", "eval.remove=none"]), run_dir=tmp_path / "b")
+    assert "held-out items" not in caplog.text
+
+
+def test_target_actions_on_ranks_that_share_sequences(shops: Path, tmp_path: Path) -> None:
+    settings = ("task.options.target_actions=[2]", "train.max_steps=3")
+    one = Job(str(shops), str(tmp_path / "one"), settings)
+    two = Job(str(shops), str(tmp_path / "two"), (*settings, "parallel.context=2"))
+    run_jobs([one])
+    train_on_ranks(2, [two])
+    assert column(tmp_path / "two", "loss") == pytest.approx(column(tmp_path / "one", "loss"), rel=1e-5)
 
 
 # --- from files

@@ -79,6 +79,15 @@ def test_log_q_is_the_share_of_training_events() -> None:
     assert sampler.log_q().isfinite().all()
 
 
+def test_in_batch_is_corrected_by_the_chance_to_be_in_the_batch() -> None:
+    """Frequent items are in nearly every batch, whose distinct items are drawn alike."""
+    share = torch.tensor([0.4, 0.1, 0.001])
+    sampler = NegativeSampler("in_batch", 3)
+    found = sampler.correction(share.log(), 50)
+    torch.testing.assert_close(found.exp(), 1 - (1 - share.double()).pow(50).float(), rtol=1e-5, atol=0)
+    assert torch.equal(NegativeSampler("popularity", 3, torch.ones(3)).correction(share.log(), 50), share.log())
+
+
 def test_draws_that_make_no_sense_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"task\.options\.log_q: uniform negatives need no correction"):
         task_of(log_q=True)

@@ -138,10 +138,12 @@ def test_candidates_do_not_see_each_other(backbone: str) -> None:
     torch.testing.assert_close(together, each, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("layout", ["interleaved", "merged"])
+@pytest.mark.parametrize(
+    ("backbone", "layout"),
+    [(name, layout) for name in BACKBONES for layout in ("interleaved", "merged")] + [("din", "merged")],
+)
 @pytest.mark.parametrize("actions", ["value", "bits"])
-@pytest.mark.parametrize("backbone", ["hstu", "llama"])
-def test_no_prediction_sees_what_it_predicts(layout: str, actions: str, backbone: str) -> None:
+def test_no_prediction_sees_what_it_predicts(backbone: str, layout: str, actions: str) -> None:
     task = ranking(backbone, layout=layout, actions=actions)
     batch = batch_of([6], [0] if layout == "interleaved" else [2])
     before = logits(task, batch)
@@ -156,8 +158,9 @@ def test_no_prediction_sees_what_it_predicts(layout: str, actions: str, backbone
             assert moved == [place < 6] * 2
 
 
-def test_later_events_change_nothing_earlier() -> None:
-    task = ranking("hstu")
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_later_events_change_nothing_earlier(backbone: str) -> None:
+    task = ranking(backbone)
     batch = batch_of([6], [0])
     before = logits(task, batch)
     items, times = batch.item_ids.clone(), batch.times.clone()  # type: ignore[union-attr]
@@ -168,12 +171,25 @@ def test_later_events_change_nothing_earlier() -> None:
     assert not torch.equal(after[4:], before[4:])
 
 
-def test_contextual_tokens_are_seen_and_see_the_history() -> None:
-    task = ranking("hstu", features=FEATURES)
-    batch = batch_of([4], [1])
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("layout", ["interleaved", "merged"])
+def test_contextual_tokens_are_seen_and_see_the_history_where_it_is_whole(
+    backbone: str, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the windows of `interleaved`, where they would tell of what comes later, they see only each other."""
+    task = ranking(backbone, features=FEATURES, layout=layout)
+    batch, states = batch_of([4], [1]), []
+    through = task.encoder.through
+    monkeypatch.setattr(task.encoder, "through", lambda *given: states.append(through(*given)) or states[-1])
     before = logits(task, batch)
     other = LabelledBatch(**{**vars(batch), "sequence_ids": batch.sequence_ids + 1})
     assert not torch.allclose(before, logits(task, other))
+    items = batch.item_ids.clone()
+    items[2] = items[2] % ITEMS + 1
+    logits(task, LabelledBatch(**{**vars(batch), "item_ids": items}))
+    leading = len(FEATURES.users)
+    moved = [not torch.equal(states[0][place], states[2][place]) for place in range(leading)]
+    assert moved == [layout == "merged"] * leading
 
 
 def test_dropout_does_not_depend_on_the_batch() -> None:

@@ -52,7 +52,9 @@ def test_the_loss_is_that_of_the_drawn_negatives(negatives: str, loss: str, log_
 
     def logit(token: int, item: int) -> float:
         value = float(hidden[token] @ of_item[item]) / 0.2
-        return value - math.log(max(COUNTS[item], 1) / total_count) if log_q else value
+        share = max(COUNTS[item], 1) / total_count
+        drawn_with = share if negatives == "popularity" else 1 - (1 - share) ** sum(LENGTHS)
+        return value - math.log(drawn_with) if log_q else value
 
     expected, collisions = 0.0, 0
     for token, (positive, others) in enumerate(
@@ -70,6 +72,19 @@ def test_the_loss_is_that_of_the_drawn_negatives(negatives: str, loss: str, log_
     assert collisions > 0
     assert float(weight) == sum(LENGTHS)
     assert float(total) == pytest.approx(expected, rel=2e-5)
+
+
+def test_binary_cross_entropy_of_many_tokens_gathers_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    task, batch = task_of(loss="bce"), batch_of()
+    whole = loss_of(task, batch, 5)[0]
+    expected = gradients(task, whole)
+    monkeypatch.setattr(retrieval, "AT_ONCE", 3 * 6 * 8)  # three tokens
+    parts = loss_of(task, batch, 5)[0]
+    torch.testing.assert_close(parts, whole)
+    found = gradients(task, parts)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
 
 
 @torch.no_grad()

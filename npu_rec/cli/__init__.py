@@ -51,7 +51,7 @@ def _root(
 
 
 def main() -> None:
-    """Entry point: exit code 0 success, 2 bad usage, configuration or data, 1 failure."""
+    """Entry point: exit code 0 success, 2 bad usage, configuration or data, 1 failure; 130 for Ctrl-C is typer's."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     sys.path.insert(0, "")  # `imports:` finds modules of the current directory, as under `python -m npu_rec`
     try:
@@ -61,10 +61,4 @@ def main() -> None:
         raise SystemExit(2) from None
     except TrainingError as error:
         print(f"failed: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
-    except BrokenPipeError:
-        sys.stderr.close()
         raise SystemExit(1) from None

@@ -24,7 +24,7 @@ from npu_rec.config.schema import (
     TaskConfig,
     TrainConfig,
 )
-from npu_rec.config.section import NonNegative, Positive, Probability, Section, no_doubles
+from npu_rec.config.section import NonNegative, Positive, Probability, Section, no_doubles, refuse_idle
 
 __all__ = [
     "PACKAGED_CONFIGS",
@@ -52,5 +52,6 @@ __all__ = [
     "no_doubles",
     "parse_bytes",
     "read_yaml",
+    "refuse_idle",
     "validate",
 ]

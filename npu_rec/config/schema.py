@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import Field, PrivateAttr, model_validator
 
 from npu_rec.config.cluster import ClusterConfig
-from npu_rec.config.section import NonNegative, Positive, Probability, Section
+from npu_rec.config.section import NonNegative, Positive, Probability, Section, refuse_idle
 
 Origins = dict[tuple[str, ...], str]
 """Which file each key came from."""
@@ -267,6 +267,11 @@ class TrainConfig(Section):
         0, description="Write a torch.profiler trace of this many steps, after three warm-up steps."
     )
 
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainConfig:
+        refuse_idle(self, {"stochastic_selection": self.stochastic_length is None and "stochastic_length is not set"})
+        return self
+
 
 class EvalConfig(Section):
     """How the model is judged: full-catalogue ranking."""
@@ -294,8 +299,15 @@ class EvalConfig(Section):
     remove: Literal["history", "input", "none"] = Field(
         "history",
         description="What is taken out of the ranking: every earlier event of the user, only those the model saw "
-        "(Meta's code), or nothing. The true item itself always stays. For `retrieval`.",
+        "(Meta's code), or nothing. The true item itself always stays, so `none` is for data in which users repeat "
+        "items. For `retrieval`.",
     )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> EvalConfig:
+        without = self.protocol != "time" and f"protocol is {self.protocol}"
+        refuse_idle(self, dict.fromkeys(("test_share", "valid_share"), without))
+        return self
 
 
 class OpsConfig(Section):

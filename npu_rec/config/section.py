@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -23,3 +23,14 @@ def no_doubles(name: str, values: Sequence[object]) -> None:
     twice = [value for value in values if values.count(value) > 1]
     if twice:
         raise ValueError(f"{name}: {twice[0]} is given twice")
+
+
+def refuse_idle(section: BaseModel, idle: Mapping[str, str | bool]) -> None:
+    """Raise ValueError for a key that has no effect and is not as by default.
+
+    Args:
+        idle: key -> why it has no effect, or something false where it has one.
+    """
+    for name, reason in idle.items():
+        if reason and getattr(section, name) != type(section).model_fields[name].default:
+            raise ValueError(f"{name} has no effect: {reason}")

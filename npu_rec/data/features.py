@@ -43,6 +43,11 @@ class Codes:
         """The largest code; 0 stands for no value."""
         return len(self.names)
 
+    @property
+    def several(self) -> bool:
+        """Whether a row has more than one value."""
+        return bool((self.offsets.diff() > 1).any())
+
     def first(self) -> Tensor:
         """The first code of every row, 0 where it has none, `[R]`."""
         codes = torch.zeros(len(self.offsets) - 1, dtype=torch.int64)
@@ -60,7 +65,7 @@ class Features:
 
 
 def encode_features(store: SequenceStore, wanted: Wanted, separator: str = "|") -> Features:
-    """The wanted features of a data set; a text that holds the separator has several values.
+    """The wanted features of a data set; a list, or a text that holds the separator, has several values.
 
     Raises:
         ConfigError: the data set has no such feature.
@@ -99,8 +104,10 @@ def _column(table: pa.Table | None, name: str, key: str, whose: str) -> pl.Serie
 
 def _codes(column: pl.Series, separator: str, rows: np.ndarray, last: int) -> Codes:
     """Codes of the column's values in their sorted order; `rows` are the places of its rows among 0..last."""
-    texts = column.cast(pl.String)
-    lists = texts.str.split(separator).fill_null([])
+    if isinstance(column.dtype, pl.List):
+        lists = column.cast(pl.List(pl.String)).list.drop_nulls().fill_null([])
+    else:
+        lists = column.cast(pl.String).str.split(separator).fill_null([])
     flat = lists.explode(empty_as_null=False)
     distinct = flat.unique().sort()
     values = flat.cast(pl.Enum(distinct)).to_physical().cast(pl.Int64).to_numpy() + 1

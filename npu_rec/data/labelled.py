@@ -10,7 +10,7 @@ import torch
 
 from npu_rec.data.batch import LabelledBatch
 from npu_rec.data.splits import Choice, Removed, Split
-from npu_rec.data.store import SequenceStore
+from npu_rec.data.store import SequenceStore, ranges
 from npu_rec.errors import ConfigError
 from npu_rec.ops.random import random_key, random_uniform
 
@@ -52,7 +52,7 @@ class LabelledSplit(Split):
 
     def subset(self, rows: np.ndarray) -> LabelledSplit:
         kept = {name: getattr(self, name)[rows] for name in ("sequences", "starts", "stops", "firsts")}
-        taken = _ranges(self.candidate_offsets[rows], self.num_targets[rows])
+        taken = ranges(self.candidate_offsets[rows], self.num_targets[rows])
         return replace(
             self, **kept, candidates=self.candidates[taken], candidate_offsets=_offsets(self.num_targets[rows])
         )
@@ -226,8 +226,3 @@ def _windows(
 
 def _offsets(lengths: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(lengths)])
-
-
-def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """The numbers start .. start + length - 1 of each pair, concatenated."""
-    return np.repeat(starts - (np.cumsum(lengths) - lengths), lengths) + np.arange(int(lengths.sum()))

@@ -91,8 +91,8 @@ class SequenceStore:
         for home, chosen in self._split(rows):
             shard = self._shards[home]
             source = shard.starts[rows[chosen] - self._first[home]] + first[chosen]
-            picked = _ranges(source, lengths[chosen])
-            into = slice(None) if len(chosen) == len(rows) else _ranges(offsets[:-1][chosen], lengths[chosen])
+            picked = ranges(source, lengths[chosen])
+            into = slice(None) if len(chosen) == len(rows) else ranges(offsets[:-1][chosen], lengths[chosen])
             for name in ("item_ids", "times", "actions"):
                 values = getattr(events, name)
                 if values is not None:
@@ -120,6 +120,12 @@ class SequenceStore:
         """The largest action and one; 0 for data without actions."""
         actions = [shard.actions for shard in self._shards if shard.actions is not None]
         return 1 + max((int(each.max()) for each in actions if len(each)), default=-1)
+
+    @cached_property
+    def least_action(self) -> int:
+        """The smallest action; 0 for data without actions."""
+        actions = [shard.actions for shard in self._shards if shard.actions is not None]
+        return min((int(each.min()) for each in actions if len(each)), default=0)
 
     def catalogue(self, which: Literal["all", "seen"]) -> Int64Array:
         """Item ids that negatives and ranking use, ascending, without 0: all listed, or those with events."""
@@ -166,7 +172,7 @@ def _table(path: Path) -> pa.Table:
     return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
 
 
-def _ranges(starts: Int64Array, lengths: Int64Array) -> Int64Array:
+def ranges(starts: Int64Array, lengths: Int64Array) -> Int64Array:
     """The numbers start .. start + length - 1 of each pair, concatenated."""
     ends = np.cumsum(lengths)
     total = int(ends[-1]) if len(ends) else 0

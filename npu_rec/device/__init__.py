@@ -6,6 +6,6 @@
 from npu_rec.device.device import Device, DeviceName
 from npu_rec.device.profile import CAPABILITIES, HardwareProfile
 from npu_rec.device.report import device_report
-from npu_rec.device.selection import get_device
+from npu_rec.device.selection import card_count, get_device
 
-__all__ = ["CAPABILITIES", "Device", "DeviceName", "HardwareProfile", "device_report", "get_device"]
+__all__ = ["CAPABILITIES", "Device", "DeviceName", "HardwareProfile", "card_count", "device_report", "get_device"]

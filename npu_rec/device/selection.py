@@ -77,6 +77,13 @@ def get_device(name: Literal["auto", "ascend", "cuda", "cpu"] = "auto") -> Devic
     )
 
 
+def card_count(name: Literal["auto", "ascend", "cuda", "cpu"] = "auto") -> int | None:
+    """Cards of a kind that this process sees; None for the CPU, and where there is none."""
+    chosen = auto() if name == "auto" else name
+    probe = BACKENDS[chosen].probe
+    return None if chosen == "cpu" or probe.unavailable() else probe.count()
+
+
 def auto() -> DeviceName:
     """The first usable of ascend, cuda and cpu."""
     return next(name for name, backend in BACKENDS.items() if backend.probe.unavailable() is None)

@@ -33,7 +33,7 @@ def auc(scores: Tensor, labels: Tensor, groups: Tensor) -> float:
     """Area under the ROC curve; NaN where all labels are alike."""
     from torchmetrics.functional.classification import binary_auroc
 
-    if labels.unique().numel() < 2:
+    if labels.unique().numel() < 2 or bool(scores.isnan().any()):
         return math.nan
     # logits beyond 37 round to a probability of 1 and would tie
     ranks = torch.unique(scores, return_inverse=True)[1].double()
@@ -43,6 +43,8 @@ def auc(scores: Tensor, labels: Tensor, groups: Tensor) -> float:
 @register("prediction_metric", "gauc")
 def gauc(scores: Tensor, labels: Tensor, groups: Tensor) -> float:
     """AUC of each user, mean weighted by events; users whose labels are all alike are left out (DIN, section 6.2)."""
+    if bool(scores.isnan().any()):
+        return math.nan
     users, group = torch.unique(groups, return_inverse=True)
     count = len(users)
     ordered = torch.unique(scores, return_inverse=True)[1]

@@ -6,10 +6,10 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from npu_rec.config import ModelConfig, OpsConfig, Section
+from npu_rec.config import ModelConfig, OpsConfig, Section, refuse_idle
 from npu_rec.distributed.context_attention import context_attention
 from npu_rec.models.backbone import Layout
 from npu_rec.models.norms import RMSNorm
@@ -43,6 +43,11 @@ class HSTUOptions(Section):
     residual: Literal["pre", "post"] = Field(
         "pre", description="`pre`: x + layer(norm(x)). `post`: norm(x + layer(x)), as in the first Transformer."
     )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> HSTUOptions:
+        refuse_idle(self, {"time_buckets": self.kind_of_bias != "position_time" and f"bias is {self.kind_of_bias}"})
+        return self
 
     @property
     def ablations(self) -> list[str]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
-from npu_rec.config import ModelConfig, Section
+from npu_rec.config import ModelConfig, Section, refuse_idle
 from npu_rec.models.backbone import Layout
 from npu_rec.ops import RelativeBias
 
@@ -22,6 +22,11 @@ class BiasOptions(Section):
         "none", description="HSTU's relative bias, added to the attention scores of every layer."
     )
     time_buckets: int = BUCKETS
+
+    @model_validator(mode="after")
+    def _consistent(self) -> BiasOptions:
+        refuse_idle(self, {"time_buckets": self.bias != "position_time" and f"bias is {self.bias}"})
+        return self
 
 
 class BiasedAttention(nn.Module):

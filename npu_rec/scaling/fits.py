@@ -2,11 +2,12 @@
 
 The method is approach 3 of Hoffmann et al., Training Compute-Optimal Large Language Models (arXiv 2203.15556): with
 E = exp(e) and A = exp(a), log L is the log-sum-exp of e, a - alpha log N and b - beta log D, and L-BFGS minimises the
-Huber loss of its residuals from a grid of starts.
+Huber loss of its residuals from a grid of starts. Exponents are sought up to 4: beyond it a law is a step.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +21,10 @@ Array = npt.NDArray[np.float64]
 
 HUBER_DELTA = 0.01
 """Residual of log L from which on the loss is linear: about the noise of a repeated training."""
+STEEPEST = 4.0
+"""Bound of the exponents, of either sign."""
+_FLOORS = (0.1, 0.5, 0.8, 0.95)
+"""Shares of E in the least L from which fits start."""
 
 
 @dataclass(frozen=True)
@@ -55,17 +60,33 @@ class Fit:
     """A law that was fitted.
 
     Attributes:
-        values: number -> value, named as `Form.names`.
-        samples: `[S, P]` the same from the resampled points, in the order of `Form.names`.
+        theta: `[P]` logarithms of E and of each term at `centre`, and the exponents, in the order of `Form.names`.
+        resampled: `[S, P]` the same from the resampled points.
+        centre: `[V]` mean logarithm of each variable.
         residuals: `[n]` of log L.
-        points: n.
     """
 
     form: Form
-    values: dict[str, float]
-    samples: Array
+    theta: Array
+    resampled: Array
+    centre: Array
     residuals: Array
-    points: int
+
+    @property
+    def points(self) -> int:
+        """How many the law was fitted to."""
+        return len(self.residuals)
+
+    @property
+    def values(self) -> dict[str, float]:
+        """Number -> value, named as `Form.names`; an A of a steep law may be infinite."""
+        numbers = _numbers(self.form, self.theta[None], self.centre)[0]
+        return dict(zip(self.form.names, numbers.tolist(), strict=True))
+
+    @property
+    def samples(self) -> Array:
+        """`[S, P]` values from the resampled points, in the order of `Form.names`."""
+        return _numbers(self.form, self.resampled, self.centre)
 
     def interval(self, name: str, level: float = 0.95) -> tuple[float, float]:
         """Percentile interval of one number."""
@@ -74,19 +95,22 @@ class Fit:
 
     def predict(self, x: Mapping[str, npt.ArrayLike]) -> Array:
         """L `[n]` at points of the variables `[n]`."""
-        theta = np.array([[self.values[name] for name in self.form.names]])
-        predicted: Array = _law(self.form, theta, _columns(self.form, x))[0]
+        predicted: Array = self._laws(self.theta[None], x)[0]
         return predicted
 
     def band(self, x: Mapping[str, npt.ArrayLike], level: float = 0.95) -> tuple[Array, Array]:
         """Interval of the law itself, lower and upper `[n]`."""
-        return _quantiles(_law(self.form, self.samples, _columns(self.form, x)), level)
+        return _quantiles(self._laws(self.resampled, x), level)
 
     def forecast(self, x: Mapping[str, npt.ArrayLike], level: float = 0.95, seed: int = 0) -> tuple[Array, Array]:
         """Interval of a new measurement: that of the law and the scatter about it, lower and upper `[n]`."""
-        laws = _law(self.form, self.samples, _columns(self.form, x))
+        laws = self._laws(self.resampled, x)
         noise = np.random.default_rng(seed).choice(self._scatter(), laws.shape)
         return _quantiles(laws * np.exp(noise), level)
+
+    def _laws(self, theta: Array, x: Mapping[str, npt.ArrayLike]) -> Array:
+        laws: Array = np.exp(_log_law(self.form, theta, _columns(self.form, x) - self.centre)[0])
+        return laws
 
     def _scatter(self) -> Array:
         return _inflated(self.residuals, self.form.size)
@@ -105,7 +129,8 @@ def fit(
     """Fit a law to points.
 
     Intervals come from a residual bootstrap: the residuals, centred and inflated for the numbers fitted and for how few
-    are left, are drawn anew about the law, and the law is fitted again from where it was.
+    are left, are drawn anew about the law, and the law is fitted again from where it was. A law with an E of 0 or an
+    exponent at its bound, from where no slope leads away, is also fitted from two other starts.
 
     Args:
         x: variable -> `[n]`, positive.
@@ -128,21 +153,39 @@ def fit(
     residuals = log_y - _log_law(form, theta[None], shifted)[0][0]
     rng = np.random.default_rng(seed)
     drawn = rng.choice(_inflated(residuals, form.size), (samples, len(values)))
-    resampled = _refit(form, np.tile(theta, (samples, 1)), shifted, log_y - residuals + drawn, delta)
-    numbers = _numbers(form, np.vstack([theta, resampled]), centre)
-    return Fit(form, dict(zip(form.names, numbers[0].tolist(), strict=True)), numbers[1:], residuals, len(values))
+    starts_again = [theta]
+    if _at_a_bound(form, theta, log_y):
+        starts_again += list(_nearest(form, shifted, log_y, delta))
+    resampled = _resampled(form, starts_again, shifted, log_y - residuals + drawn, delta)
+    return Fit(form, theta, resampled, centre, residuals)
+
+
+def needs_scipy() -> None:
+    """Raise UserError where scipy is not installed."""
+    if importlib.util.find_spec("scipy") is None:
+        raise UserError("fits need scipy: pip install 'npu-rec[scaling]'")
 
 
 def held_out_largest(
-    form: Form, x: Mapping[str, npt.ArrayLike], y: npt.ArrayLike, *, samples: int = 500, seed: int = 0
+    form: Form,
+    x: Mapping[str, npt.ArrayLike],
+    y: npt.ArrayLike,
+    variants: npt.ArrayLike | None = None,
+    *,
+    samples: int = 500,
+    seed: int = 0,
 ) -> tuple[Fit, npt.NDArray[np.bool_]]:
     """The law fitted without the largest point, and which points `[n]` that left out.
 
-    The largest is the one with the largest product of the variables; repetitions of it (other seeds) go with it.
+    The largest is the one with the largest product of the variables.
+
+    Args:
+        variants: `[n]` numbers, alike for repetitions of a point (other seeds), which are left out together; by
+            default every point is one of its own.
     """
     columns = _columns(form, x)
-    size = columns.sum(1)
-    left_out = np.isclose(size, size.max(), rtol=0, atol=1e-9)
+    own = np.arange(len(columns)) if variants is None else np.asarray(variants)
+    left_out = own == own[columns.sum(1).argmax()]
     kept = {name: np.asarray(x[name])[~left_out] for name in form.variables}
     return fit(form, kept, np.asarray(y)[~left_out], samples=samples, seed=seed), left_out
 
@@ -182,14 +225,6 @@ def _log_law(form: Form, theta: Array, columns: Array) -> tuple[Array, Array]:
     return (top + np.log(total))[..., 0], gradient
 
 
-def _law(form: Form, numbers: Array, columns: Array) -> Array:
-    """L `[S, n]` of numbers as a `Fit` has them."""
-    first = int(form.floor)
-    terms = numbers[:, None, first::2] * np.exp(-numbers[:, None, first + 1 :: 2] * columns)
-    law: Array = terms.sum(2) + (numbers[:, :1] if form.floor else 0.0)
-    return law
-
-
 def _numbers(form: Form, theta: Array, centre: Array) -> Array:
     """From logarithms about the centre of the points to E, A and the exponents."""
     first = int(form.floor)
@@ -197,7 +232,8 @@ def _numbers(form: Form, theta: Array, centre: Array) -> Array:
     numbers[:, first::2] += theta[:, first + 1 :: 2] * centre
     if form.floor:
         numbers[:, 0] = np.exp(numbers[:, 0])
-    numbers[:, first::2] = np.exp(numbers[:, first::2])
+    with np.errstate(over="ignore"):  # an A of a steep law, at x = 1
+        numbers[:, first::2] = np.exp(numbers[:, first::2])
     return numbers
 
 
@@ -209,10 +245,8 @@ def _huber(residuals: Array, delta: float) -> Array:
 
 
 def _best(form: Form, columns: Array, log_y: Array, delta: float, starts: int) -> Array:
-    try:
-        from scipy.optimize import minimize
-    except ImportError:
-        raise UserError("fits need scipy: pip install 'npu-rec[scaling]'") from None
+    needs_scipy()
+    from scipy.optimize import minimize
 
     def objective(theta: Array) -> tuple[float, Array]:
         law, gradient = _log_law(form, theta[None], columns)
@@ -222,19 +256,32 @@ def _best(form: Form, columns: Array, log_y: Array, delta: float, starts: int) -
     grid = _grid(form, log_y)
     losses = _huber(_log_law(form, grid, columns)[0] - log_y, delta)
     options = {"maxiter": 2000, "ftol": 1e-12, "gtol": 1e-7}
+    bounds = [(None, None) if low == -np.inf else (low, high) for low, high in _bounds(form).T]
     ends = [
-        minimize(objective, start, jac=True, method="L-BFGS-B", options=options)
+        minimize(objective, start, jac=True, method="L-BFGS-B", bounds=bounds, options=options)
         for start in grid[np.argsort(losses, kind="stable")[:starts]]
     ]
     best: Array = min(ends, key=lambda end: float(end.fun)).x
     return best
 
 
+def _bounds(form: Form) -> Array:
+    """Lower and upper bound of each number, `[2, P]`."""
+    steepest = [STEEPEST if name.startswith("exponent") else np.inf for name in form.names]
+    return np.array([[-x for x in steepest], steepest])
+
+
+def _at_a_bound(form: Form, theta: Array, log_y: Array) -> bool:
+    """Whether E is nothing beside the least L, or an exponent as large as it may be."""
+    steep = np.abs(theta[form.floor + 1 :: 2]).max() > 0.99 * STEEPEST
+    return bool(steep or (form.floor and theta[0] < log_y.min() - 7))
+
+
 def _grid(form: Form, log_y: Array) -> Array:
     """Starts `[S, P]`: shares of the floor in the least value, exponents; the scales then follow from the median."""
     variables = len(form.variables)
     starts = []
-    for floor in (0.1, 0.5, 0.8, 0.95) if form.floor else (0.0,):
+    for floor in _FLOORS if form.floor else (0.0,):
         level = floor * np.exp(log_y.min())
         scale = np.log((np.exp(np.median(log_y)) - level) / variables)
         for exponents in itertools.product((0.05, 0.2, 0.5, 1.0), repeat=variables):
@@ -243,9 +290,26 @@ def _grid(form: Form, log_y: Array) -> Array:
     return np.array(starts)
 
 
+def _nearest(form: Form, columns: Array, log_y: Array, delta: float) -> Array:
+    """Of the grid's starts with a middle floor, or of all without one, the two with the least loss, `[2, P]`."""
+    grid = _grid(form, log_y)
+    if form.floor:
+        grid = grid.reshape(len(_FLOORS), -1, form.size)[1:3].reshape(-1, form.size)
+    losses = _huber(_log_law(form, grid, columns)[0] - log_y, delta)
+    return grid[np.argsort(losses, kind="stable")[:2]]
+
+
+def _resampled(form: Form, starts: list[Array], columns: Array, log_y: Array, delta: float) -> Array:
+    """The best fit `[S, P]` to each of `log_y [S, n]`, from any of the starts `[P]`."""
+    ends = np.stack([_refit(form, np.tile(start, (len(log_y), 1)), columns, log_y, delta) for start in starts])
+    losses = np.stack([_huber(_log_law(form, theta, columns)[0] - log_y, delta) for theta in ends])
+    best: Array = ends[losses.argmin(0), np.arange(len(log_y))]
+    return best
+
+
 def _refit(form: Form, theta: Array, columns: Array, log_y: Array, delta: float, rounds: int = 40) -> Array:
     """Levenberg-Marquardt of many fits at once: `theta [S, P]`, `log_y [S, n]`; Huber by reweighting."""
-    theta = theta.copy()
+    theta, (low, high) = theta.copy(), _bounds(form)
     damping = np.full(len(theta), 1e-3)
     law, gradient = _log_law(form, theta, columns)
     loss = _huber(law - log_y, delta)
@@ -257,7 +321,8 @@ def _refit(form: Form, theta: Array, columns: Array, log_y: Array, delta: float,
         slope = np.einsum("snp,sn->sp", weighted, residuals)
         curvature[:, range(form.size), range(form.size)] *= 1 + damping[:, None]
         curvature[:, range(form.size), range(form.size)] += 1e-9
-        trial = theta[active] - np.clip(np.linalg.solve(curvature, slope[..., None])[..., 0], -2, 2)
+        step = np.clip(np.linalg.solve(curvature, slope[..., None])[..., 0], -2, 2)
+        trial = np.clip(theta[active] - step, low, high)
         new_law, new_gradient = _log_law(form, trial, columns)
         new_loss = _huber(new_law - log_y[active], delta)
         better, settled = new_loss < loss, np.abs(loss - new_loss) <= 1e-6 * (1 + loss)

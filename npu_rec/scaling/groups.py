@@ -1,4 +1,4 @@
-"""Points that differ in the seed alone, together; and what one setting does while the rest stays."""
+"""Points that differ in the seed alone; in size and data alone; and what one setting does while the rest stays."""
 
 from __future__ import annotations
 
@@ -39,6 +39,40 @@ def groups(rows: list[Row]) -> list[Group]:
         settings = {name: value for name, value in row["settings"].items() if name != SEED}
         found.setdefault(repr(settings), Group(settings, [])).rows.append(row)
     return list(found.values())
+
+
+def variants(rows: list[Row]) -> list[int]:
+    """For each row the number of its group: alike where the seed alone differs."""
+    numbers = {id(row): number for number, group in enumerate(groups(rows)) for row in group.rows}
+    return [numbers[id(row)] for row in rows]
+
+
+def families(rows: list[Row]) -> dict[str, list[Row]]:
+    """Rows that a law may be fitted to together, by name: of one backbone, and alike in what is no size.
+
+    A setting is no size where it takes two values with everything else the same, and neither parameters nor tokens
+    differ: a learning rate, a variant of a layer.
+    """
+    found: dict[str, list[Row]] = {}
+    other = {row["backbone"]: _no_sizes([r for r in rows if r["backbone"] == row["backbone"]]) for row in rows}
+    for row in rows:
+        own = [(name, row["settings"][name]) for name in other[row["backbone"]]]
+        found.setdefault(words([("backbone", row["backbone"]), *own]), []).append(row)
+    return found
+
+
+def _no_sizes(rows: list[Row]) -> list[str]:
+    names = {name: None for row in rows for name in row["settings"] if name != SEED}
+    found = []
+    for name in names:
+        sizes: dict[str, dict[str, tuple[int, int]]] = {}
+        for row in rows:
+            rest = repr({key: value for key, value in row["settings"].items() if key != name})
+            size = row["parameters"], row["tokens"]
+            sizes.setdefault(rest, {})[repr(row["settings"].get(name))] = size
+        if any(len(set(own.values())) < len(own) for own in sizes.values()):
+            found.append(name)
+    return found
 
 
 def words(settings: Iterable[tuple[str, Any]]) -> str:

@@ -9,8 +9,8 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
-from npu_rec.scaling.analysis import VARIABLES, Law, backbones_of, columns, fitted_by, is_loss, quantity, rows_with
-from npu_rec.scaling.groups import SEED, Group, curves, groups, numeric_settings
+from npu_rec.scaling.analysis import VARIABLES, Law, columns, fitted_by, quantity, quantity_name, rows_with
+from npu_rec.scaling.groups import SEED, Group, curves, families, groups, numeric_settings
 from npu_rec.scaling.results import Row, value_of
 
 matplotlib.use("Agg")
@@ -42,7 +42,8 @@ def draw(rows: list[Row], laws: list[Law], targets: list[str], folder: Path) -> 
     """Write a `.png` and a `.svg` for each setting and each variable that varies; returns title -> SVG.
 
     A setting of the grid is drawn where it takes three numbers or more and everything else makes seven curves at most;
-    where the seed is in the grid, the means over it of every setting are drawn, up to forty.
+    where the seed is in the grid, the means over it of every setting are drawn, up to forty; against parameters,
+    compute and data up to seven families are.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.*"):
@@ -52,14 +53,16 @@ def draw(rows: list[Row], laws: list[Law], targets: list[str], folder: Path) -> 
     if not shown:
         return {}
     written = {}
-    for setting in numeric_settings(rows):
+    numeric = numeric_settings(rows)
+    last = [setting.rpartition(".")[2] for setting in numeric]
+    for setting, short in zip(numeric, last, strict=True):
         if len(curves(rows, setting)) <= len(COLOURS):
-            name = setting.rpartition(".")[2]
+            name = short if last.count(short) == 1 and short not in VARIABLES.values() else setting
             written[name] = _write(_settings_figure(rows, shown, setting), folder / name)
     if 1 < len(groups(rows)) <= MOST_SETTINGS and any(SEED in row["settings"] for row in rows):
         written["settings"] = _write(_groups_figure(groups(rows), shown), folder / "settings")
     for variable in VARIABLES.values():
-        if len(np.unique(columns(rows)[variable])) >= 2:
+        if len(np.unique(columns(rows)[variable])) >= 2 and len(families(rows)) <= len(COLOURS):
             written[LABELS[variable]] = _write(_laws_figure(rows, laws, shown, variable), folder / variable)
     return written
 
@@ -137,26 +140,27 @@ def _laws_figure(rows: list[Row], laws: list[Law], targets: list[str], variable:
     for axis, target in zip(axes, targets, strict=True):
         axis.set_xscale("log")
         axis.set_yscale("log")
-        for colour, shape, backbone in _styles(backbones_of(rows)):
-            own = rows_with(rows, target, backbone)
+        members = families(rows)
+        for colour, shape, family in _styles(list(members)):
+            own = rows_with(members[family], target)
             if not own:
                 continue
             x, y, fitted = columns(own)[variable], quantity(target, own), fitted_by(variable, own)
             axis.plot(x[~fitted], y[~fitted], shape, ms=4, mfc="none", color=colour, mew=0.8)
-            axis.plot(x[fitted], y[fitted], shape, ms=5, label=backbone, color=colour, mew=0.8)
+            axis.plot(x[fitted], y[fitted], shape, ms=5, label=family, color=colour, mew=0.8)
             line = np.geomspace(x.min() / 1.2, x.max() * 1.2, 80)
             for law in laws:
-                if (law.backbone, law.target, law.kind) == (backbone, target, variable):
+                if (law.family, law.target, law.kind) == (family, target, variable):
                     low, high = law.fit.band({variable: line})
                     axis.fill_between(line, low, high, color=colour, alpha=0.18, lw=0)
                     axis.plot(line, law.fit.predict({variable: line}), color=colour, lw=1.4)
-                if (law.backbone, law.target, law.kind) == (backbone, target, "joint") and variable != "compute":
+                if (law.family, law.target, law.kind) == (family, target, "joint") and variable != "compute":
                     other = "data" if variable == "parameters" else "parameters"
                     for size in np.unique(columns(own)[other]):
                         joint = law.fit.predict({variable: line, other: np.full_like(line, size)})
                         axis.plot(line, joint, color=colour, lw=0.7, ls=":")
         axis.set_xlabel(LABELS[variable], fontsize=9)
-        axis.set_title(target if is_loss(target) else f"1 - {target}", fontsize=10)
+        axis.set_title(quantity_name(target), fontsize=10)
         lowest, highest = axis.get_ylim()
         if highest < 5 * lowest:  # decades would leave an axis without labels
             axis.yaxis.set_major_locator(MaxNLocator(6))

@@ -20,6 +20,7 @@ from npu_rec.config import Config, dump_config, load_resolved
 from npu_rec.data.batch import JaggedBatch
 from npu_rec.data.loader import TrainLoader
 from npu_rec.data.splits import Split
+from npu_rec.data.stochastic_length import make_stochastic_length
 from npu_rec.device import Device
 from npu_rec.errors import TrainingError, UserError
 from npu_rec.registry import options_of, resolve
@@ -34,6 +35,8 @@ from npu_rec.train.setup import RunData, open_data, open_device
 from npu_rec.train.state import load_weights
 
 ORDER, RESULT = "point.json", "result.json"
+MOST_ITEMS = 1 << 18
+"""Items up to which the cross-entropy against all of them is measured: their scores are sorted for every user."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +45,9 @@ class Measured:
 
     Attributes:
         parameters: outside the embedding tables; table_parameters: in them.
-        flops_per_token: of a forward pass with loss, mean over the training tokens.
+        flops_per_token: of a forward pass with loss, mean over the tokens that are read.
         tokens: events that the model reads in an epoch: the size of the training data.
-        tokens_seen: over all epochs trained.
+        tokens_seen: over all epochs trained, of each sequence as much as Stochastic Length has left.
         flops: of the training, a backward pass counted as two forward passes.
         entropy: Approximate Entropy of the training sequences, or None where none is long enough.
     """
@@ -104,6 +107,7 @@ def run_point(folder: Path) -> dict[str, Any]:
         "status": "finished",
         "settings": order["settings"],
         **asdict(_measure(task, data, config, result.extra["steps"], lines, order["entropy"])),
+        "entropy_settings": order["entropy"],
         "metrics": metrics,
         "seconds": round(result.extra["train_seconds"], 3),
         "threads": torch.get_num_threads(),
@@ -114,14 +118,16 @@ def run_point(folder: Path) -> dict[str, Any]:
 
 @torch.no_grad()
 def held_out_loss(task: Task, split: Split, config: Config, device: Device) -> float | None:
-    """Mean cross-entropy of the held-out item against the whole catalogue, in nats; None for a task without `top_k`.
+    """Mean cross-entropy of the held-out item against the whole catalogue, in nats.
+
+    None for a task without `top_k`, and above `MOST_ITEMS`.
 
     Scores are divided by the task's temperature, if it has one. Nothing is sampled and nothing taken out of the
     ranking, so losses of different points can be compared.
     """
     temperature = float(getattr(options_of(config, "task"), "temperature", 1.0))
     catalogue = task.tables.tables["items"].spec.num_rows if "items" in task.tables.tables else None
-    if catalogue is None or type(task).top_k is Task.top_k:
+    if catalogue is None or catalogue > MOST_ITEMS or type(task).top_k is Task.top_k:
         return None
     task.eval()
     losses = []
@@ -141,8 +147,11 @@ def _measure(
 ) -> Measured:
     split, rows = data.splits["train"], table_weights(task)
     tokens = int(split.lengths.sum())
-    flops = task.flops(torch.from_numpy(split.lengths)) / tokens
-    seen = _tokens_seen(split, config, steps)
+    lengths = _lengths_read(data, config, steps)
+    seen = int(lengths.sum())
+    # without Stochastic Length an epoch is as any other
+    each = split.lengths if config.train.stochastic_length is None else lengths
+    flops = task.flops(torch.from_numpy(each)) / int(each.sum())
     tested = next(line["step"] for line in reversed(lines) if line["split"] == "test")
     epoch_ends = {line["step"]: line["epoch"] for line in lines if "epoch_loss" in line}
     apen = mean_entropy(split, **entropy)
@@ -164,16 +173,28 @@ def _measure(
     )
 
 
-def _tokens_seen(split: Split, config: Config, steps: int) -> int:
+def _lengths_read(data: RunData, config: Config, steps: int) -> np.ndarray:
+    """Of every sequence of every epoch, in so many steps, the tokens that the model reads."""
     train = config.train
-    loader = TrainLoader(split, batch_size=train.batch_size, batch_tokens=train.batch_tokens, seed=train.seed)
-    seen, left = 0, steps
+    loader = TrainLoader(
+        data.splits["train"],
+        batch_size=train.batch_size,
+        batch_tokens=train.batch_tokens,
+        seed=train.seed,
+        stochastic_length=make_stochastic_length(
+            train.stochastic_length,
+            train.stochastic_selection,
+            max_seq_len=config.model.max_seq_len,
+            seed=train.seed,
+            has_times=data.facts.has_times,
+        ),
+    )
+    read, left = [], steps
     for epoch in range(train.epochs):
-        batches = loader.batches(epoch)
-        done = batches[: left * train.accumulate]
-        seen += sum(int(split.lengths[rows].sum()) for rows in done)
+        done = loader.batches(epoch)[: left * train.accumulate]
+        read += [loader.lengths(epoch)[rows] for rows in done]
         left -= -(-len(done) // train.accumulate)
-    return seen
+    return np.concatenate(read)
 
 
 def _write(path: Path, document: dict[str, Any]) -> None:

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from npu_rec.scaling.analysis import Law, Surface, as_documents, laws, surfaces
+from npu_rec.scaling.analysis import Law, Surface, as_documents, laws, quantity_name, surfaces
 from npu_rec.scaling.groups import SEED, groups
 from npu_rec.scaling.plots import draw
 from npu_rec.scaling.results import Row, value_of
 from npu_rec.scaling.study import Study
+from npu_rec.train.run_dir import without_nan
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1c2330; max-width: 1200px; margin: 2rem auto; padding: 0 1rem }
@@ -54,7 +55,8 @@ def write_report(study: Study, rows: list[Row], out: Path) -> Report:
     (out / "table.md").write_text(
         _markdown(points) + ("" if means is None else f"\n{_markdown(means)}"), encoding="utf-8"
     )
-    (out / "fits.json").write_text(json.dumps(as_documents(found, performance), indent=1), encoding="utf-8")
+    fits = without_nan(as_documents(found, performance))
+    (out / "fits.json").write_text(json.dumps(fits, indent=1), encoding="utf-8")
     name = html.escape(study.config.name)
     parts = [
         f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{name}</title><style>{_STYLE}</style>",
@@ -63,7 +65,7 @@ def write_report(study: Study, rows: list[Row], out: Path) -> Report:
         *(_image(title, path) for title, path in images.items()),
         "<p>Curves are laws of one variable with their 95 % bands, fitted to the filled points: against parameters and "
         "compute those with the most data, against data those of the largest model. Dotted curves are the joint law, "
-        "one for each amount of data or each size. A metric m is drawn as 1 - m, so that lower is better everywhere."
+        "one for each amount of data or each size. A metric m that should rise is drawn as 1 - m: lower is better."
         "</p>",
         "<h2>Laws</h2><p>Fitted to the loss, and to 1 minus a metric, in log space with a Huber loss; in brackets "
         "95 % intervals of a residual bootstrap. Data are the training events of an epoch.</p>",
@@ -75,7 +77,7 @@ def write_report(study: Study, rows: list[Row], out: Path) -> Report:
     if performance:
         parts += [
             "<h2>Performance Law</h2><p>D' is events over Approximate Entropy (divide) or events times it (multiply); "
-            "the published texts state both.</p>",
+            "the published texts state both. Its terms of D' have no weight: it can say little of the data.</p>",
             _html(surfaces_table(performance)),
         ]
     if means is not None:
@@ -124,8 +126,17 @@ def laws_table(found: list[Law]) -> Table:
     for law in found:
         letters = iter("AaBbCcDd")
         numbers = [f"{name if name == 'E' else next(letters)} {_number(law, name)}" for name in law.fit.form.names]
-        cells.append([law.backbone, law.target, law.kind, str(law.fit.form), str(law.fit.points), "; ".join(numbers)])
-    return ["backbone", "target", "law", "form", "points", "numbers"], cells
+        cells.append(
+            [
+                law.family,
+                quantity_name(law.target),
+                law.kind,
+                str(law.fit.form),
+                str(law.fit.points),
+                "; ".join(numbers),
+            ]
+        )
+    return ["points of", "quantity", "law", "form", "points", "numbers"], cells
 
 
 def _number(law: Law, name: str) -> str:
@@ -142,20 +153,22 @@ def held_out_table(found: list[Law]) -> Table:
             span = f"[{held_out.low:.4f}, {held_out.high:.4f}]"
             measured, predicted = f"{held_out.measured:.4f}", f"{held_out.predicted:.4f}"
             inside = "yes" if held_out.inside else "no"
-            cells.append([law.backbone, law.target, law.kind, held_out.point, measured, predicted, span, inside])
-    return ["backbone", "target", "law", "point", "measured", "predicted", "95 % interval", "inside"], cells
+            cells.append(
+                [law.family, quantity_name(law.target), law.kind, held_out.point, measured, predicted, span, inside]
+            )
+    return ["points of", "quantity", "law", "point", "measured", "predicted", "95 % interval", "inside"], cells
 
 
 def surfaces_table(performance: list[Surface]) -> Table:
     """A row a surface."""
     cells = [
         [
-            one.backbone, one.target, one.law.sign, str(one.points), f"{one.law.r_squared:.3f}",
+            one.family, one.target, one.law.sign, str(one.points), f"{one.law.r_squared:.3f}",
             f"{one.largest_error:.1%}", ", ".join(f"{w:.3g}" for w in one.law.weights), f"{one.law.b:.3g}",
         ]
         for one in performance
     ]  # fmt: skip
-    return ["backbone", "target", "D'", "points", "R squared", "largest error", "w1 to w5", "b"], cells
+    return ["points of", "target", "D'", "points", "R squared", "largest error", "w1 to w5", "b"], cells
 
 
 def _image(label: str, path: Path) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 from pathlib import Path
 from typing import Any
 
 from npu_rec.errors import DataError
-from npu_rec.scaling.study import Study
+from npu_rec.scaling.study import EntropySettings, Study
 
 log = logging.getLogger(__name__)
 Row = dict[str, Any]
@@ -48,20 +49,41 @@ def write_row(path: Path, row: Row) -> None:
     """Append a row; whatever a process that was killed left half written is cut off first."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # another sweep may write its own
         file.seek(0)
         text = file.read()
-        file.truncate(text.rfind(b"\n") + 1)
+        whole = text.rfind(b"\n") + 1
+        if _is_json(text[whole:]):
+            file.write(b"\n")
+        else:
+            file.truncate(whole)
         file.write(json.dumps(row).encode() + b"\n")
 
 
+def _is_json(text: bytes) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
+
+
 def finished_rows(study: Study, rows: dict[str, Row]) -> list[Row]:
-    """Rows of the study's finished points, in its order; those of another configuration do not count."""
+    """Rows of the study's finished points, in its order; those of another configuration do not count.
+
+    An Approximate Entropy by other settings than the study's is left out of its row.
+    """
     found = [(point, rows.get(point.name)) for point in study.points]
-    return [
+    finished = [
         row
         for point, row in found
         if row is not None and row["status"] == "finished" and row["fingerprint"] == point.fingerprint
     ]
+    wanted, default = study.config.entropy.model_dump(), EntropySettings().model_dump()
+    other = [row["point"] for row in finished if row.get("entropy_settings", default) != wanted]
+    if other:
+        log.warning("%s and %d others have an entropy of other settings: it is left out", other[0], len(other) - 1)
+    return [{**row, "entropy": None} if row["point"] in other else row for row in finished]
 
 
 def value_of(row: Row, target: str) -> float | None:

@@ -15,6 +15,8 @@ from pydantic import Field
 
 from npu_rec.config import Config, Positive, Section, find_config, load_config, read_yaml, validate
 from npu_rec.errors import ConfigError
+from npu_rec.registry import lookup
+from npu_rec.tasks import Task
 from npu_rec.train.setup import load_run_config
 
 ELSEWHERE = ("name", "data.source", "data.dir")
@@ -44,7 +46,7 @@ class StudyConfig(Section):
     targets: list[str] = Field(
         ["valid/loss", "test/hr@10", "test/ndcg@10"],
         min_length=1,
-        description="What is fitted and drawn: `valid/` or `test/`, then `loss` or a metric.",
+        description="What is fitted and drawn: `valid/` or `test/`, then `loss` or a metric; `train/loss`.",
     )
     entropy: EntropySettings = Field(default_factory=EntropySettings, description="For the Performance Law.")
 
@@ -96,15 +98,19 @@ def load_study(path: str | Path) -> Study:
         keys = dict(config.set)
         for _, _, chosen in combination:
             keys |= chosen
+        if "device.threads" in keys:
+            raise ConfigError(f"{path}: device.threads: `threads` of the study says how many a point has")
         try:
             points.append(_point(base, settings, {**keys, "device.threads": config.threads}))
         except ConfigError as error:
             shown = ", ".join(f"{name} {value}" for name, value in settings.items())
             raise ConfigError(f"{path}: the point {shown}: {error}") from None
-    _check_targets(config.targets, points, path)
+    config = _check_targets(config, points, path)
     twice = [name for name, count in Counter(point.name for point in points).items() if count > 1]
     if twice:
-        raise ConfigError(f"{path}: grid: two points have the name {twice[0]}")
+        raise ConfigError(
+            f"{path}: grid: two points have the name {twice[0]}; values and labels must differ, in A-Z a-z 0-9 . _ -"
+        )
     return Study(config, file, points)
 
 
@@ -122,25 +128,54 @@ def _choices(
 def _point(base: Path, settings: dict[str, Any], keys: dict[str, Any]) -> Point:
     parts = [f"{name.rpartition('.')[2]}-{value}" for name, value in settings.items()]
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", "_".join(parts)).strip("-")
-    overrides = [f"{key}={json.dumps(value)}" for key, value in keys.items()]
+    overrides = [f"{key}={json.dumps(value, default=str)}" for key, value in keys.items()]
     overrides.append(f"name={json.dumps(name)}")
     given_by = "`set` or `grid`"
     stated = load_config(base, overrides, given_by)
-    return Point(name, settings, load_run_config(base, overrides, given_by), _fingerprint(stated))
+    config = load_run_config(base, overrides, given_by)
+    shown = {key: _as_read(config, key, value) for key, value in settings.items()}
+    return Point(name, shown, config, _fingerprint(stated))
 
 
-def _check_targets(targets: list[str], points: list[Point], path: str | Path) -> None:
-    """Raise ConfigError for a target that no point measures."""
-    for target in targets:
-        split, _, name = target.partition("/")
-        metrics = {metric for point in points for metric in (*point.config.eval.metrics, "loss")}
-        if split not in ("train", "valid", "test") or name.rpartition("/")[2] not in metrics:
-            known = ", ".join(sorted(metrics))
-            raise ConfigError(f"{path}: targets: {target!r}: expected valid/ or test/ and one of {known}")
+def _as_read(config: Config, key: str, value: Any) -> Any:
+    """The value of a dotted key as the configuration has it: YAML takes 1e-3 for text. A label stays."""
+    found: Any = config.model_dump(mode="json")
+    for part in key.split("."):
+        if not isinstance(found, dict) or part not in found:
+            return value
+        found = found[part]
+    return found if isinstance(found, int | float | str) and not isinstance(value, dict) else value
+
+
+def _check_targets(config: StudyConfig, points: list[Point], path: str | Path) -> StudyConfig:
+    """The study with the targets that a point measures; of those that it states all must be.
+
+    Raises:
+        ConfigError: a stated target is measured by no point, or none of the default ones is.
+    """
+    known = sorted({name for point in points for name in _measured(point.config)})
+    wrong = [target for target in config.targets if _plain(target) not in known]
+    if wrong and ("targets" in config.model_fields_set or wrong == config.targets):
+        raise ConfigError(f"{path}: targets: {wrong[0]!r} is not among what the points measure: {', '.join(known)}")
+    return config.model_copy(update={"targets": [target for target in config.targets if target not in wrong]})
+
+
+def _plain(target: str) -> str:
+    """Without the domain or the ranking target that a metric is of: `test/books/hr@10` is `test/hr@10`."""
+    split, _, name = target.partition("/")
+    return f"{split}/{name.rpartition('/')[2]}"
+
+
+def _measured(config: Config) -> list[str]:
+    """What a point of this configuration measures, domains and further targets of ranking left out."""
+    task = lookup("task", config.task.name).target
+    loss = [] if task.top_k is Task.top_k else ["loss"]
+    splits = ["test"] if config.eval.protocol == "meta" else ["valid", "test"]
+    return ["train/loss", *(f"{split}/{name}" for split in splits for name in (*loss, *config.eval.metrics))]
 
 
 def _fingerprint(config: Config) -> str:
-    stated = config.model_dump(mode="json", exclude_defaults=True)
+    stated = {"data": {}, **config.model_dump(mode="json", exclude_defaults=True)}
     for key in ELSEWHERE:
         section, _, inner = key.partition(".")
         if inner:

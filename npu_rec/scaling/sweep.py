@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -12,24 +13,32 @@ from collections.abc import Callable
 from pathlib import Path
 
 from npu_rec.data import prepare
-from npu_rec.errors import UserError
-from npu_rec.scaling.point import RESULT, write_order
+from npu_rec.device import card_count
+from npu_rec.errors import DataError, UserError
+from npu_rec.scaling.fits import needs_scipy
+from npu_rec.scaling.point import ORDER, RESULT, write_order
 from npu_rec.scaling.results import Row, finished_rows, read_results, write_row
 from npu_rec.scaling.study import Point, Study
+from npu_rec.train.run_dir import RunDirectory
 
 Tell = Callable[[str], None]
 
 
-def workers_for(threads: int, workers: int | None) -> int:
-    """How many points run at once, so that workers x threads is at most the cores of this process.
+def workers_for(threads: int, workers: int | None, cards: int | None = None) -> int:
+    """How many points run at once: workers x threads is at most the cores of this process, and each has its own card.
+
+    Args:
+        cards: None on the CPU.
 
     Raises:
         UserError: more are asked for.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    most = max(1, cores // threads)
+    most, room = max(1, cores // threads), f"with {threads} threads a point, {cores} cores are"
+    if cards is not None and cards < most:
+        most, room = cards, f"{cards} card(s) are"
     if workers is not None and workers > most:
-        raise UserError(f"--workers {workers}: with {threads} threads a point, {cores} cores are enough for {most}")
+        raise UserError(f"--workers {workers}: {room} enough for {most}")
     return workers or most
 
 
@@ -42,8 +51,13 @@ def run_sweep(
         runs: where the run directories are, `out` by default.
 
     A point with a row in `<out>/results.jsonl` is finished; one that was interrupted goes on from its newest
-    checkpoint. A point that fails is recorded, the others go on, and the next sweep tries it again.
+    checkpoint. A point that fails is recorded, the others go on, and the next sweep tries it again. A run directory
+    of an earlier configuration is renamed.
+
+    Raises:
+        UserError: a run directory holds a run of something else, or scipy, which the fits need, is not installed.
     """
+    needs_scipy()
     results, runs = out / "results.jsonl", out if runs is None else runs
     done = {row["point"] for row in finished_rows(study, read_results(results))}
     waiting = deque(point for point in study.points if point.name not in done)
@@ -52,19 +66,27 @@ def run_sweep(
         if row is not None:  # it ended after the sweep had
             write_row(results, row)
             waiting.remove(point)
-    count = workers_for(study.config.threads, workers)
+    for point in waiting:
+        _clear(point, runs, tell)
+    cards = card_count(study.points[0].config.device.backend)
+    slots = list(range(workers_for(study.config.threads, workers, cards)))
     tell(f"{study.config.name}: {len(study.points) - len(waiting)} of {len(study.points)} points are finished")
     for section in {point.config.data.model_dump_json(): point.config.data for point in waiting}.values():
-        prepare(section)  # once, not by every process
-    running: dict[subprocess.Popen[bytes], tuple[Point, float]] = {}
+        try:
+            prepare(section)  # once, not by every process
+        except DataError as error:  # its points fail with it
+            tell(str(error))
+    running: dict[subprocess.Popen[bytes], tuple[Point, float, int]] = {}
     failed: list[Row] = []
     try:
         while waiting or running:
-            while waiting and len(running) < count:
-                point = waiting.popleft()
-                running[_start(study, point, runs)] = point, time.perf_counter()
+            while waiting and slots:
+                point, slot = waiting.popleft(), slots.pop(0)
+                card = None if cards is None else slot
+                running[_start(study, point, runs, card)] = point, time.perf_counter(), slot
             for process in [p for p in running if p.poll() is not None]:
-                point, start = running.pop(process)
+                point, start, slot = running.pop(process)
+                slots.append(slot)
                 row = _left_behind(point, runs) or _failure(point, runs, process.returncode)
                 write_row(results, row)
                 if row["status"] == "failed":
@@ -81,12 +103,31 @@ def run_sweep(
     return failed
 
 
-def _start(study: Study, point: Point, runs: Path) -> subprocess.Popen[bytes]:
+def _clear(point: Point, runs: Path, tell: Tell) -> None:
+    """Make room where the run directory of a point is used by an earlier configuration of it."""
+    folder, order = runs / point.name, runs / point.name / ORDER
+    if not RunDirectory(folder).used:
+        return
+    if not order.is_file():
+        raise UserError(f"{folder}: holds a run that is no point of a study; choose another --out or --run-dir")
+    before = json.loads(order.read_text())["fingerprint"]
+    if before != point.fingerprint:
+        kept = runs / f"{point.name}.{before}"
+        if kept.exists():
+            shutil.rmtree(folder)  # the same run is kept already
+        else:
+            folder.rename(kept)
+        tell(f"{point.name}: its configuration has changed; the earlier run is in {kept}")
+
+
+def _start(study: Study, point: Point, runs: Path, card: int | None) -> subprocess.Popen[bytes]:
     folder = runs / point.name
     write_order(folder, point, study.config.entropy.model_dump())
     threads = {
         name: str(study.config.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     }
+    if card is not None:
+        threads["LOCAL_RANK"] = str(card)  # which picks the card of a process
     with (folder / "log.txt").open("ab") as log:
         return subprocess.Popen(
             [sys.executable, "-c", "from npu_rec.scaling.point import main; main()", str(folder)],

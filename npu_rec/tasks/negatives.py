@@ -55,7 +55,7 @@ class NegativeSampler:
         return torch.searchsorted(cumulative, random_integers(keys, count, self.total), right=True)
 
     def log_q(self) -> Tensor:
-        """`[C]` log of the probability that a draw is that item; for in_batch, of its occurring in training.
+        """`[C]` log of the share of training events that an item has, which `correction` takes.
 
         Raises:
             ConfigError: the draw is uniform, where a correction changes nothing.
@@ -64,3 +64,14 @@ class NegativeSampler:
             raise ConfigError("task.options.log_q: uniform negatives need no correction; set negatives or leave it out")
         assert self.counts is not None
         return torch.log(self.counts.clamp_min(1).double() / self.counts.sum()).float()
+
+    def correction(self, log_share: Tensor, tokens: int) -> Tensor:
+        """What is subtracted from logits, `[U]`, up to a number that all of them share.
+
+        The log of the probability of a draw: the share of popularity; for in_batch, which draws the distinct items
+        alike, the chance 1 - (1 - share)^tokens that the item is among so many.
+        """
+        if self.strategy != "in_batch":
+            return log_share
+        absent = tokens * torch.log1p(-log_share.double().exp().clamp_max(1 - 1e-9))
+        return torch.log(-torch.expm1(absent)).to(log_share)

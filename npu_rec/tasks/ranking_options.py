@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from npu_rec.config import Section, no_doubles
+from npu_rec.config import Section, no_doubles, refuse_idle
 
 
 class Target(Section):
@@ -85,12 +85,12 @@ class RankingOptions(Section):
             raise ValueError("head_hidden: a width is 1 or more")
         for name in ("item_features", "user_features"):
             no_doubles(name, getattr(self, name))
+        regressions = all(target.kind == "regression" for target in self.targets)
         idle = {
+            "negative_ratio": regressions and "it is for binary targets",
             "head_hidden": self.head == "dot" and "head dot has no layers",
             "candidates": self.layout == "interleaved" and "layout interleaved predicts every event of a window",
             "item_pooling": not self.item_features and "there are no item_features",
         }
-        for name, reason in idle.items():
-            if reason and getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"{name} has no effect: {reason}")
+        refuse_idle(self, idle)
         return self

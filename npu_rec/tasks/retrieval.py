@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
+from torch.utils.checkpoint import checkpoint
 
 from npu_rec.config import Config, EvalConfig
 from npu_rec.data import SequenceStore
@@ -32,7 +36,13 @@ from npu_rec.tasks.item_contrast import ItemContrast
 from npu_rec.tasks.negatives import NegativeSampler
 from npu_rec.tasks.retrieval_options import RetrievalOptions
 from npu_rec.tasks.scoring import Pairs, Scorer
-from npu_rec.tasks.task import DataFacts, Prepared, Task, build_encoder, check_actions
+from npu_rec.tasks.task import DataFacts, Prepared, Task, build_encoder, check_actions, leave_one_out_protocol
+
+log = logging.getLogger(__name__)
+AT_ONCE = 1 << 24
+"""Numbers that `loss: bce` gathers at once, 64 MiB; the backward pass gathers them again."""
+REPEATS = 0.01
+"""Share of the held-out items that may be in the history of their user without a warning."""
 
 
 @register("task", "retrieval", options=RetrievalOptions)
@@ -41,7 +51,6 @@ class Retrieval(Task):
 
     takes_context = True
     log_q: Tensor | None  # [C]
-
     domain_of_item: Tensor | None  # [num_items + 1]
 
     @classmethod
@@ -64,8 +73,7 @@ class Retrieval(Task):
 
     @classmethod
     def make_splits(cls, store: SequenceStore, config: Config, options: Any) -> dict[str, Split]:
-        if config.eval.protocol == "time":
-            raise ConfigError(f"eval.protocol: time is for task.name ranking, not {config.task.name}")
+        protocol = leave_one_out_protocol(config)
         if options.reads_actions and not store.has_actions:
             wanting = "behaviours" if options.target_actions is None else "target_actions"
             raise ConfigError(f"task.options.{wanting}: {config.data.name} has no actions")
@@ -77,13 +85,15 @@ class Retrieval(Task):
                 f"task.options.target_actions: no event has the action {unknown[0]}; they go up to "
                 f"{store.num_actions - 1}"
             )
-        return leave_one_out(
+        splits = leave_one_out(
             store,
-            config.eval.protocol,
+            protocol,
             config.model.max_seq_len,
             with_actions=options.reads_actions,
             target_actions=options.target_actions,
         )
+        _warn_of_repeats(splits["test"], config)
+        return splits
 
     def __init__(self, config: Config, options: Any, facts: DataFacts, world: World = ALONE) -> None:
         super().__init__(config, options, facts, world)
@@ -91,6 +101,10 @@ class Retrieval(Task):
         self.seed = config.train.seed
         self.backend = config.ops.sampled_softmax_loss
         domains = None if options.domain_feature is None else facts.features.items[options.domain_feature]
+        if domains is not None and domains.several:
+            raise ConfigError(
+                f"task.options.domain_feature: items have several values of {options.domain_feature!r}; a domain is one"
+            )
         self.register_buffer("domain_of_item", None if domains is None else domains.first(), persistent=False)
         self.domain_names = [] if domains is None else list(domains.names)
         domain = config.eval.select.rpartition("/")[0]
@@ -157,7 +171,9 @@ class Retrieval(Task):
         inputs, candidates = vectors.split([batch.tokens, draws["columns"].shape[0]])
         hidden = self._hidden(batch, inputs, prepared.epoch if self.training else None, prepared.context)
         queries, rows = unit(hidden.float()), unit(candidates.float())
-        log_q = None if self.log_q is None else self.log_q[draws["columns"]]
+        log_q = None
+        if self.log_q is not None:
+            log_q = self.sampler.correction(self.log_q[draws["columns"]], max(1, batch.tokens) * self.world.size)
         if self.options.loss == "bce":
             losses = self._bce(queries, rows, draws["positives"], draws["negatives"], log_q)
         else:
@@ -235,7 +251,13 @@ class Retrieval(Task):
 
     def _bce(self, queries: Tensor, rows: Tensor, positives: Tensor, negatives: Tensor, log_q: Tensor | None) -> Tensor:
         positive = (queries * rows[positives]).sum(1) / self.options.temperature
-        negative = torch.einsum("td,trd->tr", queries, rows[negatives]) / self.options.temperature
+        each = max(1, AT_ONCE // max(1, negatives.shape[1] * rows.shape[1]))  # never [T, R, E] at once
+        if len(queries) <= each:
+            negative = _products(queries, rows, negatives)
+        else:
+            parts = zip(queries.split(each), negatives.split(each), strict=True)
+            negative = torch.cat([checkpoint(_products, q, rows, drawn, use_reentrant=False) for q, drawn in parts])
+        negative = negative / self.options.temperature
         if log_q is not None:
             positive, negative = positive - log_q[positives], negative - log_q[negatives]
         counted = negatives != positives.unsqueeze(1)
@@ -284,7 +306,8 @@ class Retrieval(Task):
         ranks, domains = observed.unbind(1)
         values = compute_metrics(ranks, names)
         for code, domain in enumerate(self.domain_names, 1):
-            own = compute_metrics(ranks[domains == code], names)
+            here = domains == code
+            own = compute_metrics(ranks[here], names) if bool(here.any()) else dict.fromkeys(names, math.nan)
             values |= {f"{domain}/{name}": value for name, value in own.items()}
         return values
 
@@ -306,8 +329,34 @@ def _tokens(batch: JaggedBatch, context: ContextShard | None) -> tuple[Tensor, T
     return batch.sequence_ids[sequences], positions
 
 
+def _warn_of_repeats(split: Split, config: Config) -> None:
+    """Say so where users repeat items: with their history out of the ranking, the true item alone is left of it."""
+    if config.eval.remove == "none" or len(split) == 0:
+        return
+    batch = split.batch(np.arange(min(len(split), 10_000)), config.eval.remove)
+    assert isinstance(batch, JaggedBatch)
+    assert batch.removed is not None
+    assert batch.removed_offsets is not None
+    held_out = batch.next_ids[batch.offsets[1:] - 1]
+    owners = sequence_of_token(batch.removed_offsets, len(batch.removed))
+    repeated = torch.zeros(len(held_out), dtype=torch.bool)
+    repeated[owners[batch.removed == held_out[owners]]] = True
+    share = float(repeated.double().mean())
+    if share > REPEATS:
+        log.warning(
+            "%.0f %% of the held-out items are in the history of their user. The history leaves the ranking and they "
+            "stay, which makes them easy to find: eval.remove: none keeps all items in it",
+            100 * share,
+        )
+
+
+def _products(queries: Tensor, rows: Tensor, drawn: Tensor) -> Tensor:
+    """`[T, R]` of `queries [T, E]` with the rows `drawn [T, R]`."""
+    return torch.einsum("te,tre->tr", queries, rows[drawn])
+
+
 def _part_of(batch: JaggedBatch, context: ContextShard) -> JaggedBatch:
     """The tokens of a batch that are on this rank."""
-    names = ("item_ids", "next_ids", "times", "next_times")
+    names = ("item_ids", "next_ids", "times", "next_times", "actions", "next_actions")
     given = {name: value for name in names if (value := getattr(batch, name)) is not None}
     return replace(batch, offsets=context.offsets, **{name: context.local(value) for name, value in given.items()})

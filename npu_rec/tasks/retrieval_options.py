@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from npu_rec.config import Section, no_doubles
+from npu_rec.config import Section, no_doubles, refuse_idle
 from npu_rec.tasks.event_kinds import Reading
 from npu_rec.tasks.negatives import Strategy
 
@@ -21,7 +21,11 @@ class RetrievalOptions(Section):
     temperature: float = Field(0.05, gt=0, description="Cosine similarities are divided by it.")
     negatives: Strategy = Field("uniform", description="Where negatives come from.")
     num_negatives: int = Field(128, ge=1, description="Negatives R of each position.")
-    log_q: bool = Field(False, description="Subtract the log of the sampling probability from the logits (logQ).")
+    log_q: bool = Field(
+        False,
+        description="Subtract the log of the sampling probability from the logits (logQ); with `in_batch` that is the "
+        "chance to be among the items of the batch.",
+    )
     behaviours: Reading = Field(
         "ignored",
         description="The actions of events, as views and purchases: not read, a vector added to the item's token, or a "
@@ -44,6 +48,8 @@ class RetrievalOptions(Section):
         if self.domains != "ignored" and self.domain_feature is None:
             raise ValueError("domains needs domain_feature, the feature of items that says them")
         no_doubles("target_actions", self.target_actions or [])
+        without = not self.ssl_weight and "ssl_weight is 0"
+        refuse_idle(self, dict.fromkeys(("ssl_items", "ssl_dropout", "ssl_temperature"), without))
         return self
 
     @property

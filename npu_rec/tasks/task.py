@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -115,9 +115,7 @@ class Task(nn.Module, ABC):
         Raises:
             ConfigError: the protocol is not one of the task's.
         """
-        if config.eval.protocol == "time":
-            raise ConfigError(f"eval.protocol: time is for task.name ranking, not {config.task.name}")
-        return leave_one_out(store, config.eval.protocol, config.model.max_seq_len)
+        return leave_one_out(store, leave_one_out_protocol(config), config.model.max_seq_len)
 
     @classmethod
     def check_metrics(cls, evaluation: EvalConfig, options: Any) -> None:
@@ -167,8 +165,19 @@ class Task(nn.Module, ABC):
         """Floating-point operations of one forward pass with loss over sequences of `lengths [B]`."""
 
 
+def leave_one_out_protocol(config: Config) -> Literal["holdout", "meta"]:
+    """`eval.protocol`. Raises ConfigError for one of another kind."""
+    if config.eval.protocol == "time":
+        raise ConfigError(f"eval.protocol: time is for task.name ranking, not {config.task.name}")
+    return config.eval.protocol
+
+
 def check_actions(store: SequenceStore, key: str, instead: str) -> None:
-    """Raise ConfigError where a vector for each action would be too many."""
+    """Raise ConfigError where there cannot be a vector for each action."""
+    if store.least_action < 0:
+        raise ConfigError(
+            f"{key} needs actions of 0 or more, the data set has {store.least_action}: {instead}, or number them anew"
+        )
     if store.num_actions > MOST_ACTIONS:
         raise ConfigError(
             f"{key} has a vector for each action, and the data set's actions go up to {store.num_actions - 1:,}: "
@@ -219,7 +228,9 @@ def build_task(config: Config, facts: DataFacts, world: World = ALONE) -> Task:
         torch.manual_seed(config.train.seed)
         task = target(config, options_of(config, "task"), facts, world)
     assert isinstance(task, Task)
-    for module in task.modules():
-        if hasattr(module, "recompute"):
-            module.recompute = config.train.recompute  # type: ignore[assignment]
+    able = [module for module in task.modules() if hasattr(module, "recompute")]
+    if config.train.recompute and not able:
+        raise ConfigError(f"train.recompute: model.backbone {config.model.backbone} has no blocks that can do it")
+    for module in able:
+        module.recompute = config.train.recompute  # type: ignore[assignment]
     return task

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from npu_rec.data.download import file_digest
 from npu_rec.errors import CheckpointError
 
 FORMAT = 1
@@ -84,7 +84,7 @@ def record(folder: Path, names: Iterable[str]) -> FileRecords:
     """Flush files to disk and hash them."""
     for name in names:
         sync(folder / name)
-    return {name: (sha256(folder / name), (folder / name).stat().st_size) for name in names}
+    return {name: (file_digest(folder / name, "sha256"), (folder / name).stat().st_size) for name in names}
 
 
 def write_manifest(folder: Path, files: Mapping[str, tuple[str, int]]) -> None:
@@ -127,17 +127,11 @@ def check_file(file: Path, digest: str, size: int) -> None:
     if file.stat().st_size != size:
         raise CheckpointError(f"{file}: {file.stat().st_size} bytes instead of {size}: truncated or altered")
     try:
-        found = sha256(file)
+        found = file_digest(file, "sha256")
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error}; use another checkpoint") from None
     if found != digest:
         raise CheckpointError(f"{file}: its SHA-256 is not that of the manifest: damaged or altered")
-
-
-def sha256(file: Path) -> str:
-    """Hexadecimal digest of a file."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def sync(path: Path) -> None:
