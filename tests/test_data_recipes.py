@@ -129,6 +129,18 @@ def test_ml_1m_ordered_layout_keeps_the_file_order(tmp_path: Path) -> None:
     assert any("1 events are earlier than the one before" in line for line in lines)
 
 
+def test_ml_1m_labels_are_taken_out_of_an_archive(tmp_path: Path) -> None:
+    source = write(tmp_path / "in", **{**ML_1M, "ratings_dat": ""})
+    (source / "ratings.dat").unlink()
+    (source / "ratings.csv").write_text("user,item,timestamp,ts_known\n1,7,978300100,1\n1,10,978300200,0\n")
+    (source / "sample.csv").write_text("user,item,rating,timestamp\n1,10,4,978300300\n")
+    with zipfile.ZipFile(tmp_path / "mine.zip", "w") as archive:
+        for path in source.iterdir():
+            archive.write(path, path.name)
+    store = store_of("ml-1m", tmp_path / "mine.zip", tmp_path, options={"labels_file": "sample.csv"})
+    assert sequences(store) == {1: [(7, 978300100, 0), (10, 978300300, 8)]}  # half stars
+
+
 def test_ml_20m(tmp_path: Path) -> None:
     folder = tmp_path / "in"
     ratings = "userId,movieId,rating,timestamp\n1,2,3.5,1112486027\n1,29,0.5,1112484676\n2,29,5.0,1112484676\n"
