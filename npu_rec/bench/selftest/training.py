@@ -23,7 +23,8 @@ SETTINGS = (
     "data.options={users: 400, length: 30, items: 300, categories: 20}",
     "model.max_seq_len=24", "model.embedding_dim=32", "model.num_blocks=2", "model.num_heads=2",
     "model.attention_dim=16", "model.linear_dim=16",
-    "task.options={num_negatives: 16}", "eval.protocol=meta", "eval.every=99", "eval.metrics=[hr@10, ndcg@10]",
+    "task.options={num_negatives: 16}", "eval.protocol=meta", "eval.remove=none", "eval.every=99",
+    "eval.metrics=[hr@10, ndcg@10]",
     "train.batch_size=32", "train.epochs=9", "train.log_every=1", "train.seed=7",
 )  # fmt: skip
 
