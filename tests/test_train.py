@@ -211,6 +211,10 @@ def test_a_loss_that_is_not_finite_stops_or_skips(shop: Path, tmp_path: Path, mo
     with pytest.raises(TrainingError, match=r"step 3 .*loss nan.*Lower train\.lr, .*train\.nan: skip"):
         run(shop, tmp_path / "a", "train.checkpoint_every=1")
     assert all(torch.isfinite(value).all() for value in weights(tmp_path / "a").values())
+    calls[:] = [1, 1]  # the same step is as bad as before, and what the error advises may change
+    advised = ("train.checkpoint_every=1", "train.nan=skip", "train.lr=1e-4")
+    resumed = run(shop, tmp_path / "a", *advised, resume="auto")
+    assert (resumed.resumed_from_step, resumed.extra["steps"]) == (2, 8)
     calls.clear()
     result = run(shop, tmp_path / "b", "train.nan=skip")
     assert result.extra["steps"] == 8
