@@ -315,6 +315,17 @@ def test_metrics_are_over_all_batches() -> None:
 
 
 @torch.no_grad()
+def test_likelihoods_are_of_the_held_out_items_over_the_temperature() -> None:
+    task, batch = task_of(temperature=0.1), removing(batch_of(), *[CATALOGUE] * 4)  # which take nothing out
+    targets = batch.next_ids[batch.offsets[1:] - 1].tolist()
+    for found, cosines, target in zip(
+        task.log_likelihood(batch).tolist(), similarities(task, batch), targets, strict=True
+    ):
+        total = sum(math.exp(cosines[item] / 0.1) for item in CATALOGUE)
+        assert found == pytest.approx(cosines[target] / 0.1 - math.log(total), rel=1e-5, abs=1e-5)
+
+
+@torch.no_grad()
 def test_ranks_after_training_are_those_of_the_new_rows() -> None:
     """In evaluation the catalogue's vectors are read once."""
     batch = batch_of()

@@ -1,4 +1,4 @@
-"""Ranks and best items over all items, a part a rank and a chunk at a time: those of one matrix, in bounded memory."""
+"""Ranks, best items and likelihoods, a part a rank and a chunk at a time: those of one matrix, in bounded memory."""
 
 from __future__ import annotations
 
@@ -156,6 +156,24 @@ def test_equal_items_tie_wherever_they_are() -> None:
         assert torch.equal(scorer.ranks(question.users, question.targets, question.removed), expected)
 
 
+@pytest.mark.parametrize("width", [1, 7, 60, 1000])
+def test_likelihoods_are_those_of_one_softmax(width: int) -> None:
+    """In float64, whatever leaves the ranking."""
+    catalogue, spec = catalogue_of(60, ranged=False), RealRows("items", 200, 8, 1)
+    tables = build_tables([spec], EmbeddingConfig(), "reference")
+    scorer = Scorer(CataloguePart(catalogue, tables, "items", ALONE, width * 8), ALONE)
+    for users, temperature in product((0, 1, 5), (0.05, 1.0)):
+        question = Question.of(users, users, 60, 8, whole=False)
+        found = scorer.log_likelihood(unit(question.users), question.targets, temperature)
+        expected = likelihoods(question, vectors_of(spec, catalogue), temperature)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def likelihoods(question: Question, vectors: Tensor, temperature: float) -> Tensor:
+    scores = unit(question.users).double() @ vectors.double().T / temperature
+    return torch.log_softmax(scores, 1).gather(1, question.targets[:, None]).squeeze(1)
+
+
 def test_a_target_never_overtakes_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not even where the same product twice has other bits."""
     noise = generator(0)
@@ -172,6 +190,8 @@ def test_a_target_outside_the_catalogue_is_an_error() -> None:
     nothing = torch.zeros(0, dtype=torch.int64)
     with pytest.raises(IndexError, match="not in the catalogue"):
         scorer.ranks(torch.ones(1, 2), torch.tensor([-1]), Pairs(nothing, nothing))
+    with pytest.raises(IndexError, match="not in the catalogue"):
+        scorer.log_likelihood(torch.ones(1, 2), torch.tensor([-1]), 1.0)
 
 
 class Largest(TorchDispatchMode):
@@ -197,6 +217,7 @@ def test_no_tensor_grows_with_the_catalogue(kind: str) -> None:
     with Largest() as largest:
         scorer.ranks(question.users, question.targets, question.removed)
         scorer.top_k(question.users, 10, question.removed)
+        scorer.log_likelihood(question.users, question.targets, 0.05)
     assert elements // 2 < largest.numbers <= elements
     whole = Scorer(CataloguePart(catalogue_of(items), tables, "items", ALONE), ALONE)
     with Largest() as largest:
@@ -224,8 +245,8 @@ class Case:
     items: int = 203
     ranged: bool = True
 
-    def part(self, world: World) -> CataloguePart:
-        spec = PlainRows("items", self.items + 1 if self.ranged else 3 * self.items, DIM, seed=4)
+    def part(self, world: World, rows: type[TableSpec] = PlainRows) -> CataloguePart:
+        spec = rows("items", self.items + 1 if self.ranged else 3 * self.items, DIM, seed=4)
         tables = build_tables([spec], EmbeddingConfig(**self.table), "reference", world)
         return CataloguePart(catalogue_of(self.items, self.ranged), tables, "items", world, *self.limits)
 
@@ -244,20 +265,24 @@ CASES = {
 }
 
 
-def answers(part: CataloguePart, world: World) -> list[Answer]:
+def answers(case: Case, world: World) -> list[Answer]:
     """To this rank's users of each batch."""
-    scorer, found = Scorer(part, world), []
+    scorer, of_real, found = Scorer(case.part(world), world), Scorer(case.part(world, RealRows), world), []
     for seed, batch in enumerate(BATCHES):
-        own = question(seed, part)
+        own, real = question(seed, case), question(seed, case, whole=False)
         if world.size > 1:
-            own = own.part(sum(batch[: world.rank]), sum(batch[: world.rank + 1]))
+            mine = sum(batch[: world.rank]), sum(batch[: world.rank + 1])
+            own, real = own.part(*mine), real.part(*mine)
         columns, values = scorer.top_k(own.users, K, own.removed)
-        found.append({"ranks": scorer.ranks(own.users, own.targets, own.removed), "columns": columns, "values": values})
+        found.append({
+            "ranks": scorer.ranks(own.users, own.targets, own.removed), "columns": columns, "values": values,
+            "likelihoods": of_real.log_likelihood(unit(real.users), real.targets, 0.05),
+        })  # fmt: skip
     return found
 
 
-def question(batch: int, part: CataloguePart) -> Question:
-    return Question.of(batch, sum(BATCHES[batch]), len(part.catalogue), DIM)
+def question(batch: int, case: Case, whole: bool = True) -> Question:
+    return Question.of(batch, sum(BATCHES[batch]), case.items, DIM, whole)
 
 
 def rank_process(rank: int, store: Path) -> None:
@@ -269,8 +294,7 @@ def rank_process(rank: int, store: Path) -> None:
         patched.setenv("WORLD_SIZE", str(RANKS))
         with open_world(get_device("cpu"), timeout=60, init_method=f"file://{store}") as world:
             for name, case in CASES.items():
-                part = case.part(world)
-                found[name] = [*answers(part, world), {"own rows": own_rows(part)}]
+                found[name] = [*answers(case, world), {"own rows": own_rows(case.part(world))}]
     torch.save(found, store.parent / f"rank-{rank}.pt")
 
 
@@ -290,15 +314,17 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[Answe
 
 @pytest.mark.parametrize("name", CASES)
 def test_ranks_together_answer_like_one(ranks: list[dict[str, list[Answer]]], name: str) -> None:
-    alone = replace(CASES[name], limits=ONE_CHUNK).part(ALONE)
-    expected, vectors = answers(alone, ALONE), vectors_of(alone.tables.tables["items"].spec, alone.catalogue)
+    case = replace(CASES[name], limits=ONE_CHUNK)
+    alone = case.part(ALONE)
+    expected, vectors = answers(case, ALONE), vectors_of(alone.tables.tables["items"].spec, alone.catalogue)
     for batch in range(len(BATCHES)):
         pieces = [rank[name][batch] for rank in ranks]
         assert tuple(piece["ranks"].shape[0] for piece in pieces) == BATCHES[batch]
         found = {key: torch.cat([piece[key] for piece in pieces]) for key in pieces[0]}
         assert torch.equal(found["ranks"], expected[batch]["ranks"])
         assert torch.equal(found["values"], expected[batch]["values"])
-        check_best(question(batch, alone), vectors, K, found["columns"], found["values"])
+        torch.testing.assert_close(found["likelihoods"], expected[batch]["likelihoods"], rtol=1e-5, atol=1e-5)
+        check_best(question(batch, case), vectors, K, found["columns"], found["values"])
 
 
 def test_a_rank_scores_mostly_its_own_rows(ranks: list[dict[str, list[Answer]]]) -> None:

@@ -17,13 +17,12 @@ import numpy as np
 import torch
 
 from npu_rec.config import Config, dump_config, load_resolved
-from npu_rec.data.batch import JaggedBatch
 from npu_rec.data.loader import TrainLoader
 from npu_rec.data.splits import Split
 from npu_rec.data.stochastic_length import make_stochastic_length
 from npu_rec.device import Device
 from npu_rec.errors import TrainingError, UserError
-from npu_rec.registry import options_of, resolve
+from npu_rec.registry import resolve
 from npu_rec.scaling.entropy import mean_entropy
 from npu_rec.scaling.study import Point
 from npu_rec.tasks import Task, build_task
@@ -35,8 +34,6 @@ from npu_rec.train.setup import RunData, open_data, open_device
 from npu_rec.train.state import load_weights
 
 ORDER, RESULT = "point.json", "result.json"
-MOST_ITEMS = 1 << 18
-"""Items up to which the cross-entropy against all of them is measured: their scores are sorted for every user."""
 
 
 @dataclass(frozen=True)
@@ -118,27 +115,18 @@ def run_point(folder: Path) -> dict[str, Any]:
 
 @torch.no_grad()
 def held_out_loss(task: Task, split: Split, config: Config, device: Device) -> float | None:
-    """Mean cross-entropy of the held-out item against the whole catalogue, in nats.
+    """Mean cross-entropy of the held-out item against the whole catalogue, in nats; None where the task has none.
 
-    None for a task without `top_k`, and above `MOST_ITEMS`.
-
-    Scores are divided by the task's temperature, if it has one. Nothing is sampled and nothing taken out of the
-    ranking, so losses of different points can be compared.
+    Nothing is sampled and nothing taken out of the ranking, so losses of different points can be compared.
     """
-    temperature = float(getattr(options_of(config, "task"), "temperature", 1.0))
-    catalogue = task.tables.tables["items"].spec.num_rows if "items" in task.tables.tables else None
-    if catalogue is None or catalogue > MOST_ITEMS or type(task).top_k is Task.top_k:
+    if type(task).log_likelihood is Task.log_likelihood:
         return None
     task.eval()
     losses = []
     for start in range(0, len(split), config.eval.batch_size):
         rows = np.arange(start, min(start + config.eval.batch_size, len(split)))
         batch = split.batch(rows, "none").to(device.torch_device)
-        assert isinstance(batch, JaggedBatch)
-        ids, scores = task.top_k(batch, catalogue)
-        shares = torch.log_softmax(scores.double().cpu() / temperature, 1)
-        true = batch.next_ids[batch.offsets[1:] - 1].cpu()[:, None] == ids.cpu()
-        losses.append(-shares[true])
+        losses.append(-task.log_likelihood(batch).cpu().double())
     return float(torch.cat(losses).mean())
 
 

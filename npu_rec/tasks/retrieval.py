@@ -287,10 +287,13 @@ class Retrieval(Task):
         rows = sequence_of_token(batch.removed_offsets, columns.shape[0])
         return Pairs(rows[columns >= 0], columns[columns >= 0])
 
+    def _targets(self, batch: JaggedBatch) -> Tensor:
+        """Columns `[B]` of the held-out items."""
+        return self.catalogue.column(batch.next_ids[batch.offsets[1:] - 1])
+
     def ranks(self, batch: JaggedBatch) -> Tensor:
         """Rank, from 1, of each held-out item, `[B]`; it stays in the ranking even where the history contains it."""
-        targets = self.catalogue.column(batch.next_ids[batch.offsets[1:] - 1])
-        return self.scorer.ranks(self._users(batch), targets, self._removed(batch))
+        return self.scorer.ranks(self._users(batch), self._targets(batch), self._removed(batch))
 
     def observe(self, batch: JaggedBatch) -> Tensor:
         """Ranks `[B]`; where items have domains, ranks and the domain of the held-out item, `[B, 2]`."""
@@ -314,6 +317,10 @@ class Retrieval(Task):
     def top_k(self, batch: JaggedBatch, k: int) -> tuple[Tensor, Tensor]:
         columns, scores = self.scorer.top_k(self._users(batch), k, self._removed(batch))
         return torch.where(scores.isfinite(), self.catalogue.items(columns), 0), scores
+
+    def log_likelihood(self, batch: JaggedBatch) -> Tensor:
+        """By the softmax of cosine / temperature; nothing is sampled and nothing taken out."""
+        return self.scorer.log_likelihood(self._users(batch), self._targets(batch), self.options.temperature)
 
     def flops(self, lengths: Tensor) -> float:
         similarities = self.options.num_negatives + 1 + (0 if self.contrast is None else self.options.ssl_items)

@@ -1,4 +1,4 @@
-"""Users against every item of a catalogue: exact ranks and the best items, in bounded memory.
+"""Users against every item of a catalogue: exact ranks, the best items and likelihoods, in bounded memory.
 
 Each rank scores the users of all ranks against its part of the columns, a chunk of them at a time, so that it reads the
 vectors of that part alone. What travels are user vectors, and of each user a score, a count, or the best items of each
@@ -33,7 +33,7 @@ class Pairs:
 
 
 class Scorer:
-    """Ranks and best items for users of all ranks; both methods are collective, and ranks may differ in B, even 0.
+    """Ranks, best items and likelihoods for users of all ranks; collective, and ranks may differ in B, even 0.
 
     Users are `[B, E]` float32 vectors of length 1; `removed` are items that leave their ranking.
     """
@@ -56,10 +56,7 @@ class Scorer:
             scores, gone = self._matrix(users, removed)
             return ranks_of(scores.masked_fill_(gone.scatter_(1, targets.unsqueeze(1), False), OUT), targets)
         counts = self.world.all_gather(users.shape[0], "how many users")
-        everyone = self._of_all_ranks(users, counts, "user vectors")
-        targets = self._of_all_ranks(targets, counts, "held-out items")
-        if bool((targets.cpu() < 0).any()):
-            raise IndexError("a held-out item is not in the catalogue")
+        everyone, targets = self._of_all_ranks(users, counts, "user vectors"), self._targets(targets, counts)
         removed = self._to_owners(removed, counts)
         own = self._own_scores(everyone, targets)
         held_out = iter(self._by_chunk(everyone, Pairs(_count(everyone), targets)))
@@ -90,6 +87,24 @@ class Scorer:
         parts = self._to_users(columns, counts, "best items"), self._to_users(values, counts, "their scores")
         columns, values = (torch.cat(list(x), 1) for x in parts)
         return _best(values, columns, k)
+
+    @torch.no_grad()
+    def log_likelihood(self, users: Tensor, targets: Tensor, temperature: float) -> Tensor:
+        """Logarithm of each target's share in the softmax of all scores / temperature, `[B]` float32.
+
+        Args:
+            targets: `[B]` int64 columns.
+
+        Raises:
+            IndexError: a target is not in the catalogue.
+        """
+        counts = self.world.all_gather(users.shape[0], "how many users")
+        everyone, targets = self._of_all_ranks(users, counts, "user vectors"), self._targets(targets, counts)
+        own: Tensor = self._own_scores(everyone, targets).split(counts)[self.world.rank]
+        total = everyone.new_full((everyone.shape[0],), OUT)
+        for _, scores in self._chunks(everyone, Pairs(targets[:0], targets[:0])):
+            total = torch.logaddexp(total, torch.logsumexp(scores.div_(temperature), 1))
+        return own / temperature - torch.logsumexp(self._to_users(total, counts, "sums over items"), 0)
 
     # --- all scores at once
 
@@ -149,6 +164,13 @@ class Scorer:
         """`rows` of all ranks, of which each has `counts`."""
         size = self.world.size
         return self.world.all_to_all(torch.cat([rows] * size), [rows.shape[0]] * size, counts, what)
+
+    def _targets(self, targets: Tensor, counts: Sequence[int]) -> Tensor:
+        """Those of all ranks."""
+        everyone = self._of_all_ranks(targets, counts, "held-out items")
+        if bool((everyone.cpu() < 0).any()):
+            raise IndexError("a held-out item is not in the catalogue")
+        return everyone
 
     def _to_owners(self, pairs: Pairs, counts: Sequence[int]) -> Pairs:
         """The pairs of all ranks in this rank's columns, on the host, users counted through (`counts` of each rank)."""

@@ -160,6 +160,10 @@ class Task(nn.Module, ABC):
         """The best k items of each, optional: (ids `[B, k]`, scores `[B, k]`); id 0 fills up a short list."""
         raise NotImplementedError(f"task {type(self).__name__} makes no recommendations")
 
+    def log_likelihood(self, batch: Any) -> Tensor:
+        """Log-probability of each held-out item among the whole catalogue, `[B]` float32, in nats; optional."""
+        raise NotImplementedError(f"task {type(self).__name__} gives items no probability")
+
     @abstractmethod
     def flops(self, lengths: Tensor) -> float:
         """Floating-point operations of one forward pass with loss over sequences of `lengths [B]`."""
