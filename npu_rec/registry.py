@@ -87,7 +87,8 @@ def resolve(config: Config) -> Config:
     import_extensions(config.imports)
     for kind in ("data", "model", "task"):
         getattr(config, kind).options = options_of(config, kind).model_dump(mode="json")
-    lookup("task", config.task.name).target.check_metrics(config.eval, options_of(config, "task"))
+    lookup("model", config.model.backbone).target.check(config.model, options_of(config, "model"))
+    lookup("task", config.task.name).target.check(config, options_of(config, "task"))
     return config
 
 

@@ -83,7 +83,21 @@ def test_a_fingerprint_heeds_what_is_measured_alone(shop: Path, tmp_path: Path) 
         ("train.epochs: 2", "train.epoch: 2", "did you mean `train.epochs`"),
         ("[hstu, llama]", "[hstu, lama]", "lama"),
         ("[hstu, llama]", "[hstu, hstu]", "two points have the name"),
-        ("{base}", "nothing.yaml", "no such configuration file"),
+        ("{base}", "nothing.yaml", "tiny.yaml: base: nothing.yaml: no such configuration file"),
+        ("[hstu, llama]", "[hstu, din]", "the point model.backbone din, .*din needs candidates behind a history"),
+        ("model.embedding_dim: 8,", "model.attention_dim: 7,", "llama.*turn pairs of channels, 7 is odd"),
+        ("train.epochs: 2", "eval.protocol: time", "eval.protocol: time is for task.name ranking"),
+        ("[hstu, llama]", "[hstu]\n  train.lr: [1e-3, 0.001]", "lr-1e-3.* and .*lr-0.001.* are the same configuration"),
+        ("model.num_heads: 2", "model.backbone: gpt", "model.backbone is set by both model.backbone and size"),
+        ("[hstu, llama]", "2", r"grid: model.backbone: expected a list .*\(given: 2\)"),
+        ("{{model.embedding_dim: 8, model.num_heads: 1}}", "8", r"size: small: expected dotted keys .*\(given: 8\)"),
+        ("small:", "1:", "grid: size: a label is text: write '1'"),
+        ("small:", f"{'s' * 200}:", "its name would have 2.. letters, at most 200"),
+        ("train.epochs: 2", "name: other", "name: points have the names of what the grid chooses"),
+        ("train.epochs: 2", "device: {{threads: 2}}", "device.threads: `threads` of the study says"),
+        ("name: tiny", "name: tiny\nentropy: {{r: -1}}", "entropy.r"),
+        ("name: tiny", "name: tiny\ntargets: [test/books/hr@10]", "targets: 'test/books/hr@10' is not among"),
+        ("name: tiny", "name: tiny\ntargets: [test/hr@10, test/hr@10]", "'test/hr@10' stands there twice"),
         ("[hstu, llama]", "[]", "grid: model.backbone has no values"),
         ("name: tiny", "name: tiny\ntargets: [test/ndgc@10]", "targets: 'test/ndgc@10' is not among what the points"),
         ("name: tiny", "name: tiny\ntargets: [train/hr@10]", "targets: 'train/hr@10' is not among .*: .*train/loss"),
@@ -144,6 +158,15 @@ def test_sweep_through_the_command_line(shop: Path, tmp_path: Path) -> None:
 
     assert list(run(study, out).values()) == rows  # nothing is left to do
     assert len((out / "results.jsonl").read_text().splitlines()) == 2
+
+    text = STUDY.replace("[hstu, llama]", "[llama]")
+    changed = write_study(tmp_path, shop, text.replace("train.epochs: 2", "train.epochs: 3"))
+    refused = npu_rec("sweep", changed, "--out", out, "--report-only")
+    assert refused.returncode == 2
+    assert "2 rows do not count, their points have another configuration now" in refused.stderr
+    assert "no point of the study is finished, as it is configured now; nothing was drawn" in refused.stderr
+    assert (out / "table.md").read_text().count("backbone-llama") == 2
+    write_study(tmp_path, shop, text)
 
     (out / "report.html").unlink()
     redrawn = npu_rec_json("sweep", study, "--out", out, "--report-only")
@@ -261,6 +284,9 @@ def test_a_failing_point_stops_no_other(shop: Path, tmp_path: Path) -> None:
     assert failed["point"] == "backbone-llama_size-small"
     assert "data.fraction: 1e-09 of 60 sequences leaves none" in failed["reason"]
     assert document["finished"] == 1
+    page = (out / "report.html").read_text()
+    assert "Points that failed" in page
+    assert failed["reason"] in page
     assert "1 of 2 points failed" in done.stderr
     assert {path.name for path in runs.iterdir()} == {point.name for point in load_study(study).points}
     assert not {path.name for path in out.iterdir()} & {path.name for path in runs.iterdir()}

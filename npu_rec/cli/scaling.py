@@ -29,7 +29,15 @@ def sweep(
     as_json: JsonOption = False,
 ) -> None:
     """Train every point of a scaling study, fit scaling laws, and write table, plots and report."""
-    from npu_rec.scaling import finished_rows, load_study, points_table, read_results, run_sweep, write_report
+    from npu_rec.scaling import (
+        failed_rows,
+        finished_rows,
+        load_study,
+        points_table,
+        read_results,
+        run_sweep,
+        write_report,
+    )
 
     study = load_study(config)
     folder = out if out is not None else Path("runs") / "sweeps" / study.config.name
@@ -41,9 +49,12 @@ def sweep(
         failed = run_sweep(
             study, folder, runs=run_dir, workers=workers, tell=lambda line: print(line, file=sys.stderr, flush=True)
         )
-    rows = finished_rows(study, read_results(folder / "results.jsonl"))
+    results = read_results(folder / "results.jsonl")
+    rows = finished_rows(study, results)
+    if report_only and not rows:
+        raise UserError(f"{folder}: no point of the study is finished, as it is configured now; nothing was drawn")
     folder.mkdir(parents=True, exist_ok=True)
-    report = write_report(study, rows, folder)
+    report = write_report(study, rows, folder, failed_rows(study, results))
     document = {
         "out": folder,
         "points": len(study.points),
@@ -55,7 +66,9 @@ def sweep(
 
     def show(console: Console) -> None:
         heads, cells = points_table(rows, study.config.targets)
-        table = Table(*heads)
+        table = Table()
+        for number, head in enumerate(heads):
+            table.add_column(head, no_wrap=number == 0)
         for row in cells:
             table.add_row(*row)
         console.print(table)

@@ -75,6 +75,12 @@ class Backbone(nn.Module, ABC):
     def __init__(self, config: ModelConfig, options: Any, ops: OpsConfig) -> None:
         """Build from `model:`, its validated `model.options`, and the operator backends of `ops:`."""
         super().__init__()
+        self.check(config, options)
+
+    @classmethod
+    def check(cls, config: ModelConfig, options: Any) -> None:
+        """Raise ConfigError where the two do not fit together; it is also asked before data are read."""
+        return
 
     @staticmethod
     def reset_positions(positions: Tensor, options: Any) -> None:

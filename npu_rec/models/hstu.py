@@ -70,12 +70,15 @@ class HSTU(Stack):
         super().__init__(config, options, ops)
         self.ablations: list[str] = options.ablations
         self.rotary = options.kind_of_bias == "rope"
-        if self.rotary:
-            check_rotary(config.attention_dim)
         self.takes_context = options.scores == "silu" and not self.rotary
         production = options.variant == "production"
         self.input_times = InputTimes(config.embedding_dim) if production else None
         self.layers = nn.ModuleList(HSTULayer(config, options, ops, i) for i in range(config.num_blocks))
+
+    @classmethod
+    def check(cls, config: ModelConfig, options: Any) -> None:
+        if options.kind_of_bias == "rope":
+            check_rotary(config.attention_dim)
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         if self.input_times is not None:

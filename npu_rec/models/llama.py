@@ -71,10 +71,13 @@ class Llama(Stack):
 
     def __init__(self, config: ModelConfig, options: Any, ops: OpsConfig) -> None:
         super().__init__(config, options, ops)
-        check_rotary(config.attention_dim)
         self.rope_base: float = options.rope_base
         self.layers = nn.ModuleList(LlamaLayer(config, options, ops, i) for i in range(config.num_blocks))
         self.norm = RMSNorm(config.embedding_dim, EPS, backend=ops.rms_norm)
+
+    @classmethod
+    def check(cls, config: ModelConfig, options: Any) -> None:
+        check_rotary(config.attention_dim)
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         angles = rotary_angles(layout, x, self.config.attention_dim, self.rope_base)

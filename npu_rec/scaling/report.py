@@ -6,6 +6,7 @@ import base64
 import html
 import json
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,8 +46,12 @@ class Report:
         return {"report": self.path, **as_documents(self.laws, self.surfaces)}
 
 
-def write_report(study: Study, rows: list[Row], out: Path) -> Report:
-    """Write `table.md`, `fits.json`, `plots/` and `report.html` into `out`."""
+def write_report(study: Study, rows: list[Row], out: Path, failed: Sequence[Row] = ()) -> Report:
+    """Write `table.md`, `fits.json`, `plots/` and `report.html` into `out`.
+
+    Args:
+        rows: of the finished points; failed: of those that failed.
+    """
     targets = study.config.targets
     found, performance = laws(rows, targets), surfaces(rows, targets)
     images = draw(rows, found, targets, out / "plots") if rows else {}
@@ -65,10 +70,11 @@ def write_report(study: Study, rows: list[Row], out: Path) -> Report:
         *(_image(title, path) for title, path in images.items()),
         "<p>Curves are laws of one variable with their 95 % bands, fitted to the filled points: against parameters and "
         "compute those with the most data, against data those of the largest model. Dotted curves are the joint law, "
-        "one for each amount of data or each size. A metric m that should rise is drawn as 1 - m: lower is better."
-        "</p>",
+        "one for each amount of data or each size. In these a metric m that should rise is drawn as 1 - m: lower is "
+        "better. Against a setting of the grid it is drawn as it is.</p>",
         "<h2>Laws</h2><p>Fitted to the loss, and to 1 minus a metric, in log space with a Huber loss; in brackets "
-        "95 % intervals of a residual bootstrap. Data are the training events of an epoch.</p>",
+        "95 % intervals of a residual bootstrap. Data are the training events of an epoch; ranking counts one as often "
+        "as it is read in another window or history.</p>",
         _html(laws_table(found)) if found else "<p>Too few points differ for a law.</p>",
     ]
     predicted = [law for law in found if law.held_out is not None]
@@ -82,7 +88,11 @@ def write_report(study: Study, rows: list[Row], out: Path) -> Report:
         ]
     if means is not None:
         parts += ["<h2>Means over the seeds</h2><p>With the standard deviation of a seed.</p>", _html(means)]
-    parts += ["<h2>Points</h2>", _html(points), "</html>"]
+    parts += ["<h2>Points</h2>", _html(points)]
+    if failed:
+        reasons = [[row["point"], str(row["reason"])] for row in failed]
+        parts += ["<h2>Points that failed</h2>", _html((["point", "reason"], reasons))]
+    parts.append("</html>")
     (out / "report.html").write_text("\n".join(parts), encoding="utf-8")
     return Report(out / "report.html", found, performance)
 

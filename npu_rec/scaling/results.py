@@ -79,11 +79,24 @@ def finished_rows(study: Study, rows: dict[str, Row]) -> list[Row]:
         for point, row in found
         if row is not None and row["status"] == "finished" and row["fingerprint"] == point.fingerprint
     ]
+    stale = [row["point"] for point, row in found if row is not None and row["fingerprint"] != point.fingerprint]
+    if stale:
+        log.warning("%d rows do not count, their points have another configuration now: %s", len(stale), stale[0])
     wanted, default = study.config.entropy.model_dump(), EntropySettings().model_dump()
     other = [row["point"] for row in finished if row.get("entropy_settings", default) != wanted]
     if other:
         log.warning("%s and %d others have an entropy of other settings: it is left out", other[0], len(other) - 1)
     return [{**row, "entropy": None} if row["point"] in other else row for row in finished]
+
+
+def failed_rows(study: Study, rows: dict[str, Row]) -> list[Row]:
+    """Rows of the study's points that failed, in its order; those of another configuration do not count."""
+    found = [(point, rows.get(point.name)) for point in study.points]
+    return [
+        row
+        for point, row in found
+        if row is not None and row["status"] == "failed" and row["fingerprint"] == point.fingerprint
+    ]
 
 
 def value_of(row: Row, target: str) -> float | None:

@@ -15,19 +15,21 @@ from pydantic import Field
 
 from npu_rec.config import Config, Positive, Section, find_config, load_config, read_yaml, validate
 from npu_rec.errors import ConfigError
-from npu_rec.registry import lookup
+from npu_rec.registry import lookup, options_of
 from npu_rec.tasks import Task
 from npu_rec.train.setup import load_run_config
 
 ELSEWHERE = ("name", "data.source", "data.dir")
 """Keys that say where something is, not what a point measures."""
+LONGEST_NAME = 200
+"""Letters of a point's name: it is a folder, also with a fingerprint behind it."""
 
 
 class EntropySettings(Section):
     """Approximate Entropy ApEn(m, r) of the Performance Law."""
 
     m: Positive = Field(2, description="Length of the windows compared.")
-    r: float = Field(0.0, description="Largest difference of two ids that match; below 1 they must be equal.")
+    r: float = Field(0.0, ge=0, description="Largest difference of two ids that match; below 1 they must be equal.")
     last: Positive = Field(50, description="Items of each user, the most recent ones.")
 
 
@@ -37,7 +39,7 @@ class StudyConfig(Section):
     name: str = Field("study", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the study.")
     base: str = Field(description="Configuration of all points, from beside the study's file or `configs/...`.")
     set: dict[str, Any] = Field({}, description="Dotted key -> value, for all points.")
-    grid: dict[str, list[Any] | dict[str, dict[str, Any]]] = Field(
+    grid: dict[str, Any] = Field(
         description="Every combination is a point. A dotted key -> list of values, or a name -> label -> mapping of "
         "dotted keys to values that are set together.",
         min_length=1,
@@ -90,15 +92,22 @@ def load_study(path: str | Path) -> Study:
         )
     config = validate(StudyConfig, raw, {(): str(path)})
     beside = file.parent / config.base
-    base = beside if beside.is_file() else find_config(config.base)
+    try:
+        base = beside if beside.is_file() else find_config(config.base)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: base: {error}") from None
     axes = [_choices(name, values, path) for name, values in config.grid.items()]
+    _check_axes(axes, path)
     points = []
     for combination in itertools.product(*axes):
         settings = {name: shown for name, shown, _ in combination}
         keys = dict(config.set)
         for _, _, chosen in combination:
             keys |= chosen
-        if "device.threads" in keys:
+        if "name" in keys:
+            raise ConfigError(f"{path}: name: points have the names of what the grid chooses")
+        device = keys.get("device")
+        if "device.threads" in keys or (isinstance(device, dict) and "threads" in device):
             raise ConfigError(f"{path}: device.threads: `threads` of the study says how many a point has")
         try:
             points.append(_point(base, settings, {**keys, "device.threads": config.threads}))
@@ -111,23 +120,53 @@ def load_study(path: str | Path) -> Study:
         raise ConfigError(
             f"{path}: grid: two points have the name {twice[0]}; values and labels must differ, in A-Z a-z 0-9 . _ -"
         )
+    measures: dict[tuple[str, Path | None, Path | None], str] = {}
+    for point in points:
+        data = point.config.data
+        other = measures.setdefault((point.fingerprint, data.source, data.dir), point.name)
+        if other != point.name:
+            raise ConfigError(f"{path}: grid: the points {other} and {point.name} are the same configuration")
     return Study(config, file, points)
 
 
-def _choices(
-    name: str, values: list[Any] | dict[str, dict[str, Any]], path: str | Path
-) -> list[tuple[str, Any, dict[str, Any]]]:
-    """Of one entry of the grid: name, value or label, keys that are set."""
+Axis = list[tuple[str, Any, dict[str, Any]]]
+"""Of one entry of the grid: name, value or label, keys that are set."""
+
+
+def _choices(name: str, values: Any, path: str | Path) -> Axis:
+    if not isinstance(values, list | dict):
+        raise ConfigError(
+            f"{path}: grid: {name}: expected a list of values, or labels with dotted keys under each (given: {values})"
+        )
     if not values:
         raise ConfigError(f"{path}: grid: {name} has no values")
-    if isinstance(values, dict):
-        return [(name, label, keys) for label, keys in values.items()]
-    return [(name, value, {name: value}) for value in values]
+    if isinstance(values, list):
+        return [(name, value, {name: value}) for value in values]
+    for label, keys in values.items():
+        if not isinstance(label, str):
+            raise ConfigError(f"{path}: grid: {name}: a label is text: write {str(label)!r} with its quotes")
+        if not isinstance(keys, dict):
+            raise ConfigError(
+                f"{path}: grid: {name}: {label}: expected dotted keys with their values (given: {json.dumps(keys)})"
+            )
+    return [(name, label, keys) for label, keys in values.items()]
+
+
+def _check_axes(axes: list[Axis], path: str | Path) -> None:
+    """Raise ConfigError where one key is set by two entries of the grid."""
+    by: dict[str, str] = {}
+    for axis in axes:
+        for key in {key for _, _, keys in axis for key in keys}:
+            name = axis[0][0]
+            if by.setdefault(key, name) != name:
+                raise ConfigError(f"{path}: grid: {key} is set by both {by[key]} and {name}")
 
 
 def _point(base: Path, settings: dict[str, Any], keys: dict[str, Any]) -> Point:
     parts = [f"{name.rpartition('.')[2]}-{value}" for name, value in settings.items()]
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", "_".join(parts)).strip("-")
+    if len(name) > LONGEST_NAME:
+        raise ConfigError(f"its name would have {len(name)} letters, at most {LONGEST_NAME} are possible")
     overrides = [f"{key}={json.dumps(value, default=str)}" for key, value in keys.items()]
     overrides.append(f"name={json.dumps(name)}")
     given_by = "`set` or `grid`"
@@ -154,22 +193,38 @@ def _check_targets(config: StudyConfig, points: list[Point], path: str | Path) -
         ConfigError: a stated target is measured by no point, or none of the default ones is.
     """
     known = sorted({name for point in points for name in _measured(point.config)})
-    wrong = [target for target in config.targets if _plain(target) not in known]
-    if wrong and ("targets" in config.model_fields_set or wrong == config.targets):
+    wrong = [target for target in config.targets if not any(_measures(point.config, target) for point in points)]
+    if "targets" not in config.model_fields_set and wrong == config.targets:
+        raise ConfigError(f"{path}: targets: they must be stated; the points measure {', '.join(known)}")
+    if wrong and "targets" in config.model_fields_set:
         raise ConfigError(f"{path}: targets: {wrong[0]!r} is not among what the points measure: {', '.join(known)}")
+    twice = [target for target, count in Counter(config.targets).items() if count > 1]
+    if twice:
+        raise ConfigError(f"{path}: targets: {twice[0]!r} stands there twice")
     return config.model_copy(update={"targets": [target for target in config.targets if target not in wrong]})
 
 
-def _plain(target: str) -> str:
-    """Without the domain or the ranking target that a metric is of: `test/books/hr@10` is `test/hr@10`."""
+def _measures(config: Config, target: str) -> bool:
+    """Whether a point of this configuration may measure a target; domains are known from the data alone."""
     split, _, name = target.partition("/")
-    return f"{split}/{name.rpartition('/')[2]}"
+    if f"{split}/{name.rpartition('/')[2]}" not in _measured(config):
+        return False
+    if name == "loss":
+        return True
+    chosen = config.eval.model_copy(update={"select": name})
+    try:  # what may be selected is what is measured
+        lookup("task", config.task.name).target.check(
+            config.model_copy(update={"eval": chosen}), options_of(config, "task")
+        )
+    except ConfigError:
+        return False
+    return True
 
 
 def _measured(config: Config) -> list[str]:
     """What a point of this configuration measures, domains and further targets of ranking left out."""
     task = lookup("task", config.task.name).target
-    loss = [] if task.top_k is Task.top_k else ["loss"]
+    loss = [] if task.log_likelihood is Task.log_likelihood else ["loss"]
     splits = ["test"] if config.eval.protocol == "meta" else ["valid", "test"]
     return ["train/loss", *(f"{split}/{name}" for split in splits for name in (*loss, *config.eval.metrics))]
 

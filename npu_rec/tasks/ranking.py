@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from npu_rec.config import Config, EvalConfig
+from npu_rec.config import Config
 from npu_rec.data import SequenceStore
 from npu_rec.data.batch import LabelledBatch
 from npu_rec.data.features import Wanted
@@ -27,7 +27,7 @@ from npu_rec.ops.random import random_key
 from npu_rec.registry import lookup, register
 from npu_rec.tasks.arrangement import arrange
 from npu_rec.tasks.ranking_options import RankingOptions, Target
-from npu_rec.tasks.task import DataFacts, Prepared, Task, build_encoder, check_actions
+from npu_rec.tasks.task import DataFacts, Prepared, Task, build_encoder, check_actions, check_backbone
 
 
 @register("task", "ranking", options=RankingOptions)
@@ -41,13 +41,8 @@ class Ranking(Task):
         self.interleaved = options.layout == "interleaved"
         if facts.num_actions == 0:
             raise ConfigError(f"data.name: {config.data.name} has no actions, which task.name ranking predicts")
-        if options.candidates > config.model.max_output_len and not self.interleaved:
-            raise ConfigError(
-                f"task.options.candidates: {options.candidates} do not fit in the {config.model.max_output_len} places "
-                "of model.max_output_len"
-            )
         tokens = config.model.max_seq_len * (2 if self.interleaved else 1) + len(facts.features.users)
-        self.encoder = build_encoder(config, facts, world, max_seq_len=tokens, candidates=not self.interleaved)
+        self.encoder = build_encoder(config, facts, world, max_seq_len=tokens)
         self.tables = self.encoder.tables
         width, rows = config.model.embedding_dim, self.encoder.items.spec.dim
         self.actions = ActionEncoder(options.actions, facts.num_actions, width, hides=not self.interleaved)
@@ -73,10 +68,6 @@ class Ranking(Task):
 
     @classmethod
     def make_splits(cls, store: SequenceStore, config: Config, options: Any) -> dict[str, Split]:
-        if config.eval.protocol != "time":
-            raise ConfigError(f"eval.protocol: task.name ranking needs time, not {config.eval.protocol}")
-        if config.train.stochastic_length is not None:
-            raise ConfigError("train.stochastic_length: task.name ranking reads whole histories")
         if options.actions == "value":
             check_actions(store, "task.options.actions: value", "bits has one for each bit")
         return split_by_time(
@@ -92,13 +83,23 @@ class Ranking(Task):
         )
 
     @classmethod
-    def check_metrics(cls, evaluation: EvalConfig, options: Any) -> None:
-        for name in evaluation.metrics:
-            lookup("prediction_metric", name)
-        measured = [shown for _, _, shown in _measured(options.targets, evaluation.metrics)]
-        if evaluation.select not in measured:
+    def check(cls, config: Config, options: Any) -> None:
+        merged, most = options.layout == "merged", config.model.max_output_len
+        check_backbone(config, candidates=merged)
+        if merged and options.candidates > most:
             raise ConfigError(
-                f"eval.select: {evaluation.select!r} is not among what eval.metrics gives for task.options.targets: "
+                f"task.options.candidates: {options.candidates} do not fit in the {most} places of model.max_output_len"
+            )
+        if config.eval.protocol != "time":
+            raise ConfigError(f"eval.protocol: task.name ranking needs time, not {config.eval.protocol}")
+        if config.train.stochastic_length is not None:
+            raise ConfigError("train.stochastic_length: task.name ranking reads whole histories")
+        for name in config.eval.metrics:
+            lookup("prediction_metric", name)
+        measured = [shown for _, _, shown in _measured(options.targets, config.eval.metrics)]
+        if config.eval.select not in measured:
+            raise ConfigError(
+                f"eval.select: {config.eval.select!r} is not among what eval.metrics gives for task.options.targets: "
                 f"{', '.join(measured) or 'nothing'}"
             )
 

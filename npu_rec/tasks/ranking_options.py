@@ -19,7 +19,7 @@ class Target(Section):
     )
     at_least: int | None = Field(None, description="Yes: the action is this number or more.")
     bits: int | None = Field(None, ge=1, description="Yes: the action has one of these bits.")
-    scale: float = Field(1.0, description="What a regression multiplies the action by.")
+    scale: float = Field(1.0, gt=0, description="What a regression multiplies the action by.")
     weight: float = Field(1.0, gt=0, description="Of its loss.")
 
     @model_validator(mode="after")

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 from torch.utils.checkpoint import checkpoint
 
-from npu_rec.config import Config, EvalConfig
+from npu_rec.config import Config
 from npu_rec.data import SequenceStore
 from npu_rec.data.batch import JaggedBatch
 from npu_rec.data.features import Wanted
@@ -58,10 +58,12 @@ class Retrieval(Task):
         return bool(options.negatives == "popularity" or options.log_q)
 
     @classmethod
-    def check_metrics(cls, evaluation: EvalConfig, options: Any) -> None:
-        by_domain = "/" in evaluation.select and options.domain_feature is not None
-        select = evaluation.select.rpartition("/")[2] if by_domain else evaluation.select
-        super().check_metrics(evaluation.model_copy(update={"select": select}), options)
+    def check(cls, config: Config, options: Any) -> None:
+        chosen = config.eval.select
+        by_domain = "/" in chosen and options.domain_feature is not None
+        select = chosen.rpartition("/")[2] if by_domain else chosen
+        evaluation = config.eval.model_copy(update={"select": select})
+        super().check(config.model_copy(update={"eval": evaluation}), options)
 
     @classmethod
     def plannable(cls, options: Any) -> bool:
@@ -112,9 +114,7 @@ class Retrieval(Task):
             raise ConfigError(f"eval.select: {domain!r} is not a domain; there are {', '.join(self.domain_names)}")
         self.kinds = self._event_kinds(config.model.embedding_dim, facts.num_actions)
         each = 1 if self.kinds is None else self.kinds.tokens_per_event
-        self.encoder = build_encoder(
-            config, facts, world, max_seq_len=each * config.model.max_seq_len, candidates=False
-        )
+        self.encoder = build_encoder(config, facts, world, max_seq_len=each * config.model.max_seq_len)
         self.tables = self.encoder.tables
         self.context_world = context_world(world, config.parallel.context)
         if self.context_world.size > 1 and not self.encoder.backbone.takes_context:

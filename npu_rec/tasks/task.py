@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from npu_rec.config import Config, EvalConfig
+from npu_rec.config import Config
 from npu_rec.data import SequenceStore
 from npu_rec.data.features import Features, Wanted
 from npu_rec.data.splits import Split, leave_one_out
@@ -118,11 +118,17 @@ class Task(nn.Module, ABC):
         return leave_one_out(store, leave_one_out_protocol(config), config.model.max_seq_len)
 
     @classmethod
-    def check_metrics(cls, evaluation: EvalConfig, options: Any) -> None:
-        """Raise ConfigError where `eval.metrics` or `eval.select` has a name that is not one of the task's."""
-        compute_metrics(torch.ones(1, dtype=torch.int64), evaluation.metrics)
-        if evaluation.select not in evaluation.metrics:
-            raise ConfigError(f"eval.select: {evaluation.select!r} is not among eval.metrics {evaluation.metrics}")
+    def check(cls, config: Config, options: Any) -> None:
+        """Raise ConfigError where the configuration asks for what is not the task's, as far as that needs no data.
+
+        Here: metrics by rank, leave-one-out, and a backbone that needs no candidates.
+        """
+        check_backbone(config, candidates=False)
+        leave_one_out_protocol(config)
+        names, select = config.eval.metrics, config.eval.select
+        compute_metrics(torch.ones(1, dtype=torch.int64), names)
+        if select not in names:
+            raise ConfigError(f"eval.select: {select!r} is not among eval.metrics {names}")
 
     @classmethod
     def lower_is_better(cls, metric: str) -> bool:
@@ -189,23 +195,21 @@ def check_actions(store: SequenceStore, key: str, instead: str) -> None:
         )
 
 
-def build_encoder(
-    config: Config, facts: DataFacts, world: World, *, max_seq_len: int, candidates: bool
-) -> SequenceEncoder:
-    """The encoder a configuration names, for histories of `max_seq_len` tokens.
-
-    Args:
-        candidates: whether candidates stand behind a history.
-
-    Raises:
-        ConfigError: the backbone needs what the task or the data does not have.
-    """
-    backbone = lookup("model", config.model.backbone).target
-    if backbone.needs_targets and not candidates:
+def check_backbone(config: Config, *, candidates: bool) -> None:
+    """Raise ConfigError where the backbone needs candidates behind a history, and there are none."""
+    if lookup("model", config.model.backbone).target.needs_targets and not candidates:
         raise ConfigError(
             f"model.backbone: {config.model.backbone} needs candidates behind a history: task.name ranking with "
             "task.options.layout merged"
         )
+
+
+def build_encoder(config: Config, facts: DataFacts, world: World, *, max_seq_len: int) -> SequenceEncoder:
+    """The encoder a configuration names, for histories of `max_seq_len` tokens.
+
+    Raises:
+        ConfigError: the backbone needs what the data does not have.
+    """
     encoder = SequenceEncoder(
         config.model.model_copy(update={"max_seq_len": max_seq_len}),
         options_of(config, "model"),
