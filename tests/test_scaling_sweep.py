@@ -213,12 +213,14 @@ def test_an_interrupted_sweep_ends_its_points_and_goes_on_later(shop: Path, tmp_
     command = [sys.executable, "-m", "npu_rec", "sweep", str(path), "--out", str(out)]
     (point,) = load_study(path).points
     folder = out / point.name
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as sweep:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as sweep:
         deadline = time.monotonic() + 120
         while not list(folder.glob("checkpoints/step-*")) and time.monotonic() < deadline:
             time.sleep(0.05)
         sweep.terminate()
-        assert sweep.wait(60) == 143
+        _, told = sweep.communicate(timeout=60)
+    assert sweep.returncode == 143
+    assert "ended with 1 points left; the same command goes on with them" in told
     with RunDirectory(folder).lock():  # nobody trains there any more
         assert not (out / "results.jsonl").exists()
     (row,) = run(path, out).values()

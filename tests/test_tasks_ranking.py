@@ -361,6 +361,7 @@ def test_it_learns_who_likes_what(films: Path, tmp_path: Path, settings: tuple[s
     ("settings", "message"),
     [
         (("eval.protocol=holdout",), "task.name ranking needs time"),
+        (("eval.remove=input",), "eval: remove has no effect: protocol is time"),
         (("eval.metrics=[auc,mse]", "eval.select=mse"), "is not among what eval.metrics gives"),
         (("eval.metrics=[auc,hr@10]",), "no metric is registered as 'hr@10'"),
         (("task.options.targets=[{name: a}]",), "a binary target needs either at_least or bits"),

@@ -307,6 +307,7 @@ class EvalConfig(Section):
     def _consistent(self) -> EvalConfig:
         without = self.protocol != "time" and f"protocol is {self.protocol}"
         refuse_idle(self, dict.fromkeys(("test_share", "valid_share"), without))
+        refuse_idle(self, {"remove": self.protocol == "time" and "protocol is time"})
         return self
 
 

@@ -73,15 +73,14 @@ def finished_rows(study: Study, rows: dict[str, Row]) -> list[Row]:
 
     An Approximate Entropy by other settings than the study's is left out of its row.
     """
-    found = [(point, rows.get(point.name)) for point in study.points]
-    finished = [
-        row
-        for point, row in found
-        if row is not None and row["status"] == "finished" and row["fingerprint"] == point.fingerprint
+    stale = [
+        point.name
+        for point in study.points
+        if point.name in rows and rows[point.name]["fingerprint"] != point.fingerprint
     ]
-    stale = [row["point"] for point, row in found if row is not None and row["fingerprint"] != point.fingerprint]
     if stale:
         log.warning("%d rows do not count, their points have another configuration now: %s", len(stale), stale[0])
+    finished = _rows_of(study, rows, "finished")
     wanted, default = study.config.entropy.model_dump(), EntropySettings().model_dump()
     other = [row["point"] for row in finished if row.get("entropy_settings", default) != wanted]
     if other:
@@ -91,12 +90,12 @@ def finished_rows(study: Study, rows: dict[str, Row]) -> list[Row]:
 
 def failed_rows(study: Study, rows: dict[str, Row]) -> list[Row]:
     """Rows of the study's points that failed, in its order; those of another configuration do not count."""
-    found = [(point, rows.get(point.name)) for point in study.points]
-    return [
-        row
-        for point, row in found
-        if row is not None and row["status"] == "failed" and row["fingerprint"] == point.fingerprint
-    ]
+    return _rows_of(study, rows, "failed")
+
+
+def _rows_of(study: Study, rows: dict[str, Row], status: str) -> list[Row]:
+    found = [(point, rows[point.name]) for point in study.points if point.name in rows]
+    return [row for point, row in found if row["status"] == status and row["fingerprint"] == point.fingerprint]
 
 
 def value_of(row: Row, target: str) -> float | None:

@@ -96,6 +96,8 @@ def run_sweep(
                 tell(f"{point.name} {row['status']} after {seconds:.0f} s, {len(waiting) + len(running)} left{reason}")
             time.sleep(0.05)
     finally:
+        if running:  # it was ended itself
+            tell(f"ended with {len(waiting) + len(running)} points left; the same command goes on with them")
         for process in running:
             process.terminate()
         for process in running:
