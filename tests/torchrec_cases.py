@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -133,6 +134,11 @@ def together(parts: list[tuple[Tensor, tuple[int, ...]]], shape: tuple[int, ...]
     return whole
 
 
+def results_of(folder: Path, case: str) -> list[Any]:
+    """What `rank_process` saved of a case, by rank: tensors and plain values, by the loader that takes no other."""
+    return [torch.load(path, weights_only=True) for path in sorted(folder.glob(f"{case}-*.pt"))]
+
+
 def rank_process(rank: int, size: int, folder: Path, before: Path | None) -> None:
     """All cases on one of `size` ranks; with `before` also the second half alone, from where the ranks there were."""
     torch.set_num_threads(1)
@@ -148,7 +154,7 @@ def rank_process(rank: int, size: int, folder: Path, before: Path | None) -> Non
             result = {"losses": losses, "half": half, "end": blocks(tables), "read": tables.read("items", own)}
             if before is not None:
                 resumed = make(placement, name, world)
-                load(resumed, [torch.load(x)["half"] for x in sorted(before.glob(f"{file}-*.pt"))])
+                load(resumed, [result["half"] for result in results_of(before, file)])
                 result["resumed"] = train(resumed, rank, size, HALF, STEPS)
             torch.save(result, folder / f"{file}-{rank}.pt")
 
@@ -192,7 +198,8 @@ def test_equals_plain_computation(
     ranks: dict[int, Path], size: int, placement: TorchRecPlacement, name: RowOptimizerName
 ) -> None:
     losses, rows, sums = plain(name)
-    results = [torch.load(ranks[size] / f"{placement}-{name}-{rank}.pt") for rank in range(size)]
+    results = results_of(ranks[size], f"{placement}-{name}")
+    assert len(results) == size
     torch.testing.assert_close(total(results, "losses"), torch.tensor(losses), rtol=2e-6, atol=0.0)
     for table, expected in rows.items():
         found = together([result["end"][f"{table}/weight"] for result in results], tuple(expected.shape))
@@ -220,7 +227,7 @@ def test_equals_native(ranks: dict[int, Path], name: RowOptimizerName) -> None:
         tables.append(StaticTable(spec, BlockPlacement("row_wise", spec.num_rows, spec.dim, 1)))
         tables[-1].use(RowOptimizer(name, lr=1.0, eps=EPS))
     native = torch.tensor(train(EmbeddingCollection(tables), 0, 1, 0, STEPS))
-    results = [torch.load(ranks[2] / f"row_wise-{name}-{rank}.pt") for rank in range(2)]
+    results = results_of(ranks[2], f"row_wise-{name}")
     torch.testing.assert_close(total(results, "losses"), native, rtol=2e-6, atol=0.0)
 
 
@@ -237,7 +244,7 @@ def test_parts_lie_as_the_native_ones(
     ranks: dict[int, Path], placement: TorchRecPlacement, shapes: list[tuple[tuple[int, ...], tuple[int, ...]]]
 ) -> None:
     name = "sgd" if placement == "column_wise" else "rowwise_adagrad"
-    results = [torch.load(ranks[2] / f"{placement}-{name}-{rank}.pt")["end"]["few/weight"] for rank in range(2)]
+    results = [result["end"]["few/weight"] for result in results_of(ranks[2], f"{placement}-{name}")]
     assert [(tuple(values.shape), offset) for values, offset in results] == shapes
     blocks = [BlockPlacement(placement, 5, 8, 2, owner=1).block(rank) for rank in range(2)]  # type: ignore[arg-type]
     assert [shape for shape, _ in shapes] == [(block.rows, block.columns) for block in blocks]
